@@ -1,0 +1,126 @@
+// y = x Ŵᵀ for few tokens, in fp32: each weight is decoded once, in registers or in the first-level
+// cache, and multiplied with every token. A token's sums do not depend on the other tokens.
+#include <algorithm>
+
+#include "qlk/convert.h"
+#include "qlk/decode_span.h"
+#include "qlk/dot.h"
+#include "qlk/low_rank.h"
+#include "qlk/quantized_matmul.h"
+#include "qlk/scratch.h"
+
+namespace qlk {
+namespace {
+
+// Tokens whose fp32 copy is held at once; more are done in passes that decode the weight again.
+constexpr int64_t kPassTokens = 32;
+// Output features per unit of work: results and the low-rank tile of a strip stay in cache.
+constexpr int64_t kStrip = 64;
+// Weights decoded at a time.
+constexpr int64_t kChunk = 1024;
+
+// out[t * kStrip + i] = x[t] · Ŵ[row_begin + i].
+void strip_by_chunks(const QuantizedView& weight, const float* x, int64_t tokens, int64_t row_begin,
+                     int64_t rows, Isa isa, float* out) {
+  alignas(64) float decoded[kChunk];
+  alignas(64) float sums[kPassTokens * kDotLanes];
+  const int64_t K = weight.cols;
+  for (int64_t i = 0; i < rows; ++i) {
+    std::fill_n(sums, tokens * kDotLanes, 0.0f);
+    for (int64_t k = 0; k < K; k += kChunk) {
+      const int64_t count = std::min(kChunk, K - k);
+      decode_span_f32(weight, (row_begin + i) * K + k, count, isa, decoded);
+      dot_chunk(decoded, count, x + k, K, tokens, isa, sums);
+    }
+    for (int64_t t = 0; t < tokens; ++t) out[t * kStrip + i] = sum_lanes(sums + t * kDotLanes);
+  }
+}
+
+struct Pass {
+  const QuantizedMatmulParams* params;
+  Isa isa;
+  int64_t token_begin, tokens;
+  const float* x;  // [tokens, K], or as interleave_for_strips lays it out
+  bool interleaved;
+};
+
+// Low-rank term, bias and rounding of a strip; `tile` is scratch for the term's right side.
+void finish_strip(const Pass& pass, int64_t row_begin, int64_t rows, float* tile, float* products,
+                  float* out) {
+  const QuantizedMatmulParams& p = *pass.params;
+  const LowRankTerm& term = p.low_rank;
+  alignas(64) float bias[kStrip];
+  if (p.bias) load_f32(p.bias, p.bias_dtype, row_begin, rows, pass.isa, bias);
+  if (term.present()) {
+    load_adapter_tile({term.right, term.right_dtype, term.rank, p.weight.rows,
+                       term.right_rank_stride, term.right_col_stride},
+                      p.dtype, row_begin, rows, rows, pass.isa, tile);
+    add_low_rank(term, pass.token_begin, pass.tokens, row_begin, rows, p.weight.rows, tile,
+                 pass.isa, products, out, kStrip);
+  }
+  for (int64_t t = 0; t < pass.tokens; ++t) {
+    float* y = out + t * kStrip;
+    if (p.bias)
+      for (int64_t i = 0; i < rows; ++i) y[i] += bias[i];
+    store_f32(y, rows, p.dtype, pass.isa,
+              element_at(p.y, p.dtype, (pass.token_begin + t) * p.weight.rows + row_begin));
+  }
+}
+
+Status run_pass(const Pass& pass, const ThreadPool& pool) {
+  const QuantizedMatmulParams& p = *pass.params;
+  const int64_t strips = (p.weight.rows + kStrip - 1) / kStrip;
+  Failure failure;
+  pool.run(0, strips, 1, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    const int64_t tile_size = padded_rank(p.low_rank.rank) * kStrip;
+    const int64_t scale_count = interleaved_scale_count(p.weight);
+    auto* tile = static_cast<float*>(
+        scratch.reserve((tile_size + scale_count) * static_cast<int64_t>(sizeof(float))));
+    if (!tile) return failure.set();
+    alignas(64) float out[kPassTokens * kStrip], products[kPassTokens * kStrip];
+    for (int64_t strip = begin; strip < end; ++strip) {
+      const int64_t row = strip * kStrip, rows = std::min(kStrip, p.weight.rows - row);
+      if (pass.interleaved)
+        strip_interleaved(p.weight, pass.x, pass.tokens, row, rows, tile + tile_size, kStrip, out);
+      else
+        strip_by_chunks(p.weight, pass.x, pass.tokens, row, rows, pass.isa, out);
+      finish_strip(pass, row, rows, tile, products, out);
+    }
+  });
+  return failure.status();
+}
+
+}  // namespace
+
+Status quantized_matmul_dot(const QuantizedMatmulParams& params, Isa isa, const ThreadPool& pool) {
+  static thread_local Scratch scratch;
+  const int64_t K = params.weight.cols;
+  // The choice may not depend on M: a token's sums have one order.
+  const bool interleaved = strip_interleaved_runs(params.weight, isa);
+  for (int64_t begin = 0; begin < params.tokens; begin += kPassTokens) {
+    const int64_t tokens = std::min(kPassTokens, params.tokens - begin);
+    const float* x = nullptr;
+    if (interleaved || params.dtype != DType::kFloat32) {
+      const int64_t row = interleaved ? interleaved_row(K) : K;
+      auto* copy =
+          static_cast<float*>(scratch.reserve(tokens * row * static_cast<int64_t>(sizeof(float))));
+      if (!copy) return Status::kOutOfMemory;
+      for (int64_t t = 0; t < tokens; ++t) {
+        const void* source = element_at(params.x, params.dtype, (begin + t) * K);
+        if (interleaved)
+          interleave_row(source, params.dtype, K, copy + t * row);
+        else
+          load_f32(source, params.dtype, 0, K, isa, copy + t * row);
+      }
+      x = copy;
+    } else {
+      x = static_cast<const float*>(params.x) + begin * K;
+    }
+    const Status status = run_pass({&params, isa, begin, tokens, x, interleaved}, pool);
+    if (status != Status::kOk) return status;
+  }
+  return Status::kOk;
+}
+
+}  // namespace qlk

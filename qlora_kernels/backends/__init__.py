@@ -1,0 +1,32 @@
+"""L2: the ways to compute an op. Importing this package imports every backend folder, which
+registers its kernels."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from qlora_kernels.backends import cpu, torch_reference
+from qlora_kernels.backends.registry import (
+    OPS,
+    KernelEntry,
+    Problem,
+    backend,
+    entries,
+    explain_problem,
+    register_kernel,
+    select,
+)
+
+for _module in iter_modules(cpu.__path__, f"{cpu.__name__}."):
+    import_module(_module.name)
+
+__all__ = [
+    "OPS",
+    "KernelEntry",
+    "Problem",
+    "backend",
+    "entries",
+    "explain_problem",
+    "register_kernel",
+    "select",
+    "torch_reference",
+]

@@ -1,0 +1,108 @@
+"""qlora_linear and its backward on the CPU: csrc/kernels_cpu/{low_rank,quantized_matmul*}.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from qlora_kernels.backends.cpu.common import contiguous, register_cpu_kernel, weight_arguments
+from qlora_kernels.backends.cpu.matmul_path import (
+    PATH_NUMBER,
+    backward_by_panels,
+    choose_path,
+    matmul_by_panels,
+)
+from qlora_kernels.formats.quantized_weight import WeightOperands
+
+
+def dropout_cpu(
+    isa: int, x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None
+) -> torch.Tensor:
+    """`reference.dropout_reference` of a contiguous x; x itself where nothing is dropped."""
+    if dropout_p == 0.0 or seed is None:
+        return x
+    dropped = torch.empty_like(x)
+    torch.ops.qlora_kernels_cpu.dropout.default(x, dropout_p, seed, dropped, isa)
+    return dropped
+
+
+@register_cpu_kernel("qlora_linear")
+def qlora_linear_cpu(
+    isa: int,
+    x: torch.Tensor,
+    operands: WeightOperands,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    batch_invariant: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [M,N] and xa [M,R]; see `reference.qlora_linear_reference`."""
+    rows, cols = operands.shape
+    x = contiguous(x)
+    path = choose_path(len(x), rows, cols, x.dtype, isa, batch_invariant)
+    y = matmul_by_panels(isa, x, operands) if path == "panels" else x.new_empty(len(x), rows)
+    xa = x.new_empty(len(x), len(lora_a))
+    torch.ops.qlora_kernels_cpu.qlora_linear.default(
+        x,
+        dropout_cpu(isa, x, dropout_p, seed),
+        *weight_arguments(operands),
+        contiguous(lora_a),
+        contiguous(lora_b),
+        scaling,
+        None if bias is None else contiguous(bias),
+        y,
+        xa,
+        PATH_NUMBER[path],
+        isa,
+    )
+    return y, xa
+
+
+@register_cpu_kernel("qlora_linear_backward")
+def qlora_linear_backward_cpu(
+    isa: int,
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    xa: torch.Tensor,
+    operands: WeightOperands,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """grad_x, grad_a, grad_b, empty where not needed; see `qlora_linear_backward_reference`."""
+    rows, cols = operands.shape
+    grad_y, x = contiguous(grad_y), contiguous(x)
+    path = choose_path(len(x), rows, cols, x.dtype, isa)
+    grad_x, grad_a, grad_b = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
+    if needs[0]:
+        grad_x = (
+            backward_by_panels(isa, grad_y, operands)
+            if path == "panels"
+            else x.new_empty(len(x), cols)
+        )
+    if needs[1]:
+        grad_a = lora_a.new_empty(lora_a.shape)
+    if needs[2]:
+        grad_b = lora_b.new_empty(lora_b.shape)
+    torch.ops.qlora_kernels_cpu.qlora_linear_backward.default(
+        grad_y,
+        dropout_cpu(isa, x, dropout_p, seed) if needs[1] else x,
+        contiguous(xa),
+        *weight_arguments(operands),
+        contiguous(lora_a),
+        contiguous(lora_b),
+        scaling,
+        dropout_p,
+        seed if dropout_p else None,
+        grad_x if needs[0] else None,
+        grad_a if needs[1] else None,
+        grad_b if needs[2] else None,
+        PATH_NUMBER[path],
+        isa,
+    )
+    return grad_x, grad_a, grad_b

@@ -1,0 +1,57 @@
+"""quantized_matmul and its grad_x on the CPU: csrc/kernels_cpu/quantized_matmul*.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from qlora_kernels.backends.cpu.common import contiguous, register_cpu_kernel, weight_arguments
+from qlora_kernels.backends.cpu.matmul_path import (
+    backward_by_panels,
+    choose_path,
+    matmul_by_panels,
+)
+from qlora_kernels.formats.quantized_weight import WeightOperands
+
+
+@register_cpu_kernel("quantized_matmul")
+def quantized_matmul_cpu(
+    isa: int,
+    x: torch.Tensor,
+    operands: WeightOperands,
+    bias: torch.Tensor | None = None,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """x [M,K] times Ŵᵀ plus bias [N]; see `reference.quantized_matmul_reference`."""
+    rows, cols = operands.shape
+    x = contiguous(x)
+    path = choose_path(len(x), rows, cols, x.dtype, isa, batch_invariant)
+    if path == "panels":
+        y = matmul_by_panels(isa, x, operands)
+        return y if bias is None else y.add_(bias)
+    y = x.new_empty(len(x), rows)
+    torch.ops.qlora_kernels_cpu.quantized_matmul.default(
+        x,
+        *weight_arguments(operands),
+        None if bias is None else contiguous(bias),
+        y,
+        path == "tiles",
+        isa,
+    )
+    return y
+
+
+@register_cpu_kernel("quantized_matmul_backward_input")
+def quantized_matmul_backward_input_cpu(
+    isa: int, grad_y: torch.Tensor, operands: WeightOperands
+) -> torch.Tensor:
+    """grad_y [M,N] times Ŵ; see `reference.quantized_matmul_backward_input_reference`."""
+    rows, cols = operands.shape
+    grad_y = contiguous(grad_y)
+    path = choose_path(len(grad_y), rows, cols, grad_y.dtype, isa)
+    if path == "panels":
+        return backward_by_panels(isa, grad_y, operands)
+    grad_x = grad_y.new_empty(len(grad_y), cols)
+    torch.ops.qlora_kernels_cpu.quantized_matmul_backward_input.default(
+        grad_y, *weight_arguments(operands), grad_x, path == "tiles", isa
+    )
+    return grad_x

@@ -1,0 +1,24 @@
+"""Every environment variable of the library, read here and nowhere else.
+
+QLK_BACKEND   force a backend for all ops, e.g. "reference", "cpu", "cpu:avx2"; "auto" (the
+default) picks per call QLK_LIBRARY   path of the compiled library to load instead of the one in
+the package
+
+Build-time variables (QLK_BUILD_CUDA, QLK_CUDA_ARCHS) belong to setup.py.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def backend() -> str:
+    """QLK_BACKEND, "auto" when unset or empty."""
+    return os.environ.get("QLK_BACKEND") or "auto"
+
+
+def library_path() -> Path | None:
+    """QLK_LIBRARY, or None when unset or empty."""
+    value = os.environ.get("QLK_LIBRARY")
+    return Path(value) if value else None

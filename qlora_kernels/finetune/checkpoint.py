@@ -1,0 +1,154 @@
+"""Checkpoints: one safetensors file with what is trained, the optimizer's state and the progress.
+
+Nothing random is stored because nothing random has state (`settings.derived_seed`): the step alone
+gives the data position and every seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from qlora_kernels.errors import CheckpointError
+from qlora_kernels.finetune.files import save_tensors, tensor_bytes
+from qlora_kernels.finetune.settings import option
+
+FILE_NAME = "checkpoint.safetensors"
+KIND = "qlora_kernels.finetune.checkpoint/1"
+
+
+@dataclass
+class Progress:
+    """How far a run is. ``seconds`` counts training steps only; losses are nats per token."""
+
+    step: int = 0
+    train_losses: list[float] = field(default_factory=list)
+    eval_loss_before: float | None = None
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file's content; ``identity`` is what a resumed run must have in common."""
+
+    path: Path
+    progress: Progress
+    identity: dict[str, object]
+    tensors: dict[str, Tensor]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.progress.step == self.identity.get("steps")
+
+    def check_identity(self, identity: Mapping[str, object]) -> None:
+        """Raises CheckpointError naming the first option that differs."""
+        for name, wanted in identity.items():
+            saved = self.identity.get(name)
+            if saved != wanted:
+                what = "the text" if name == "text" else option(name)
+                raise CheckpointError(
+                    f"finetune: --resume: {what} must be as in {self.path}, "
+                    f"{shown(saved)}, got {shown(wanted)}"
+                )
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Copy the saved values into ``model``'s trained parameters and ``optimizer``.
+
+        Raises CheckpointError for tensors that do not fit them; nothing is changed then.
+        """
+        named = trained_parameters(model)
+        states: dict[int, dict[str, Tensor]] = {}
+        for index, (name, parameter) in enumerate(named.items()):
+            saved = self.tensors.get(f"model.{name}")
+            if saved is None or saved.shape != parameter.shape or saved.dtype != parameter.dtype:
+                raise CheckpointError(
+                    f"finetune: --resume: {self.path} does not fit the model at {name}"
+                )
+            prefix = f"optimizer.{name}."
+            states[index] = {
+                key.removeprefix(prefix): value
+                for key, value in self.tensors.items()
+                if key.startswith(prefix)
+            }
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(self.tensors[f"model.{name}"])
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def shown(value: object) -> str:
+    """A value in a message; digests shortened."""
+    text = str(value)
+    return text if len(text) < 40 else text[:12] + "…"
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that require a gradient, by name, in the optimizer's order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    identity: Mapping[str, object],
+) -> None:
+    """Write a checkpoint atomically. Raises OSError; the previous one is then untouched."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trained_parameters(model).items():
+        tensors[f"model.{name}"] = parameter.detach()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    metadata = {
+        "kind": KIND,
+        "progress": json.dumps(asdict(progress)),
+        "identity": json.dumps(identity),
+        "sha256": digest(tensors),
+    }
+    save_tensors(path, tensors, metadata)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: the file is truncated, damaged or not a checkpoint of this library.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("kind") != KIND:
+                raise CheckpointError(f"finetune: {path} is not a checkpoint of this library")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+    except SafetensorError as error:
+        raise CheckpointError(f"finetune: {path} is truncated or foreign ({error})") from error
+    if digest(tensors) != metadata["sha256"]:
+        raise CheckpointError(f"finetune: {path} is damaged: its digest does not match")
+    return Checkpoint(
+        path,
+        Progress(**json.loads(metadata["progress"])),
+        json.loads(metadata["identity"]),
+        tensors,
+    )
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes, by name: readers may list tensors in another order."""
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        state.update(name.encode())
+        state.update(tensor_bytes(tensors[name]))
+    return state.hexdigest()

@@ -1,0 +1,28 @@
+"""L1: the written specification of every op. Plain torch, slow, fp64-capable; rounding order
+stated in each file."""
+
+from qlora_kernels.reference.dequantize import decode_scales_reference, dequantize_reference
+from qlora_kernels.reference.double_quantize import double_quantize_reference
+from qlora_kernels.reference.dropout import dropout_reference, philox_words
+from qlora_kernels.reference.qlora_linear import (
+    qlora_linear_backward_reference,
+    qlora_linear_reference,
+)
+from qlora_kernels.reference.quantize import quantize_reference
+from qlora_kernels.reference.quantized_matmul import (
+    quantized_matmul_backward_input_reference,
+    quantized_matmul_reference,
+)
+
+__all__ = [
+    "decode_scales_reference",
+    "dequantize_reference",
+    "double_quantize_reference",
+    "dropout_reference",
+    "philox_words",
+    "qlora_linear_backward_reference",
+    "qlora_linear_reference",
+    "quantize_reference",
+    "quantized_matmul_backward_input_reference",
+    "quantized_matmul_reference",
+]

@@ -1,0 +1,1 @@
+"""Error measures, named problem shapes and timing. Only tests/ and bench/ import this."""
