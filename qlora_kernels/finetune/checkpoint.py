@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qlora_kernels.errors import CheckpointError
-from qlora_kernels.finetune.files import save_tensors, tensor_bytes
+from qlora_kernels.files import save_tensors, tensor_bytes
 from qlora_kernels.finetune.settings import option
 
 FILE_NAME = "checkpoint.safetensors"

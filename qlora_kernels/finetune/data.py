@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qlora_kernels.errors import QLKError, argument_error
-from qlora_kernels.finetune.files import tensor_bytes
+from qlora_kernels.files import tensor_bytes
 from qlora_kernels.finetune.python_text import split_library_sources
 from qlora_kernels.finetune.settings import Settings, derived_seed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 
 from qlora_kernels.errors import argument_error
 from qlora_kernels.finetune.schedule import SCHEDULES
+from qlora_kernels.formats import list_formats
+from qlora_kernels.formats.format import check_block_size
 
 METHODS = ("full", "lora", "qlora")
 DTYPES = {
@@ -80,8 +83,17 @@ class Settings:
             raise argument_error("finetune", "--dropout", "between 0 and 1", self.dropout)
         if not 0 <= self.seed < 2**63:
             raise argument_error("finetune", "--seed", "between 0 and 2^63 - 1", self.seed)
-        if self.schedule not in SCHEDULES:
-            raise argument_error("finetune", "--schedule", f"one of {SCHEDULES}", self.schedule)
+        for name, choices in (
+            ("method", METHODS),
+            ("schedule", SCHEDULES),
+            ("dtype", tuple(DTYPES)),
+            ("format", tuple(list_formats())),
+        ):
+            if getattr(self, name) not in choices:
+                rule = f"one of {', '.join(choices)}"
+                raise argument_error("finetune", option(name), rule, getattr(self, name))
+        if self.block_size is not None:
+            check_block_size("finetune", self.block_size, "--block-size")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -139,10 +151,12 @@ def resolve_device(name: str) -> str:
     """`auto` is CUDA where there is one. Raises ArgumentError for a device torch does not have."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not name.startswith("cuda"):
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if found is None:
         raise argument_error("finetune", "--device", "auto, cpu, cuda or cuda:N", name)
-    if name != "cpu" and not torch.cuda.is_available():
-        raise argument_error("finetune", "--device", "available (torch sees no CUDA)", name)
+    count = torch.cuda.device_count() if name != "cpu" else 0
+    if name != "cpu" and int(found[1] or 0) >= count:
+        raise argument_error("finetune", "--device", f"one of the {count} CUDA devices", name)
     return name
 
 
