@@ -97,14 +97,6 @@ MUTATIONS = (
         "avx512",
     ),
     Mutation(
-        "quantize_pads_with_a_code_of_its_own",
-        "quantize.cpp",
-        "if (count % 2 != 0)",
-        "if (count < 0)",
-        f"{QUANTIZE}::test_quantize_pads_an_odd_length_with_the_zero_code",
-        "avx2",
-    ),
-    Mutation(
         "quantize_divides_by_denormals",
         "quantize.cpp",
         "1.0f / std::max(absmax, kSmallestNormal)",
@@ -156,8 +148,8 @@ MUTATIONS = (
     Mutation(
         "dequantize_takes_the_neighbours_scale",
         "dequantize.cpp",
-        "const int64_t block = begin / size;",
-        "const int64_t block = begin / size / 2 * 2;",
+        "decode_scales(weight.scales, block, std::max",
+        "decode_scales(weight.scales, block / 2 * 2, std::max",
         f"{DEQUANTIZE}::test_dequantize_into_rows_that_are_apart",
         "avx2",
     ),

@@ -4,7 +4,7 @@
     -> cli
     csrc/include -> csrc/kernels, csrc/kernels_cpu -> csrc/bindings
 
-A module imports from its own folder and from layers to its left. `errors.py` and `env.py` are open
+A module imports from its own folder and from layers to its left. `errors.py`, `env.py` and `files.py` are open
 to all; `testing/` serves tests and benches only.
 """
 
@@ -25,7 +25,7 @@ LONG_FILES: dict[str, str] = {}
 
 # The package's own folders and files by rank; "" is qlora_kernels/__init__.py, the public names.
 LAYERS: list[set[str]] = [
-    {"errors", "env"},
+    {"errors", "env", "files"},
     {"formats"},
     {"reference"},
     {"backends"},

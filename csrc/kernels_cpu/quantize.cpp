@@ -139,7 +139,8 @@ void quantize_group(const QuantizeParams& p, const QuantizePath& path, const Enc
   }
 }
 
-// The short last block, through zero-padded copies: zeros leave absmax as it is.
+// The short last block, through zero-padded copies: zeros leave absmax as it is, and an odd length
+// is padded with their code.
 void quantize_tail(const QuantizeParams& p, const QuantizePath& path, const EncodeTree* tree,
                    int64_t block) {
   alignas(64) char weight[kGroupElements * 4] = {};
@@ -148,8 +149,6 @@ void quantize_tail(const QuantizeParams& p, const QuantizePath& path, const Enco
   const int64_t size = element_bytes(p.dtype);
   std::memcpy(weight, static_cast<const char*>(p.weight) + begin * size, count * size);
   quantize_group(p, path, tree, weight, block, 1, codes);
-  if (count % 2 != 0)
-    codes[count / 2] = static_cast<uint8_t>((codes[count / 2] & 0xf0) | p.zero_code);
   std::memcpy(p.codes + begin / 2, codes, (count + 1) / 2);
 }
 

@@ -27,6 +27,7 @@ OPS = (
     "quantized_matmul_backward_input",
     "qlora_linear",
     "qlora_linear_backward",
+    "dropout",
 )
 
 

@@ -1,5 +1,15 @@
 """L3: the torch ops: schema, fake, checks, and a body that picks a kernel."""
 
-from qlora_kernels.ops.codecs import dequantize, double_quantize, explain, quantize
+from qlora_kernels.ops import dropout, qlora_linear, quantized_matmul
+from qlora_kernels.ops.codecs import dequantize, double_quantize, quantize
+from qlora_kernels.ops.explain import explain
 
-__all__ = ["dequantize", "double_quantize", "explain", "quantize"]
+__all__ = [
+    "dequantize",
+    "double_quantize",
+    "dropout",
+    "explain",
+    "qlora_linear",
+    "quantize",
+    "quantized_matmul",
+]

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
-from qlora_kernels.backends.registry import explain_problem
 from qlora_kernels.errors import argument_error, type_error
 from qlora_kernels.formats.codebook import Encoder
 from qlora_kernels.formats.dynamic8 import SCALE_BLOCK_SIZE, dynamic8_table
 from qlora_kernels.formats.format import Format, check_block_size
 from qlora_kernels.formats.quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from qlora_kernels.formats.registry import get_format
-from qlora_kernels.ops.library import dequantize_problem, run_dequantize
+from qlora_kernels.ops.library import run_dequantize
 from qlora_kernels.reference import decode_scales_reference
 
 # Above it 1 / absmax is a denormal and the normalised weights lose bits.
@@ -149,14 +148,3 @@ def dequantize(
         out.copy_(run_dequantize(operands, dtype))
         return out
     return run_dequantize(operands, dtype, out)
-
-
-def explain(op: str, qw: QuantizedWeight, dtype: torch.dtype | None = None) -> str:
-    """Which kernel would run `op` on `qw`, and why each of the others was passed over.
-
-    Raises:
-        ArgumentError: an op other than "dequantize".
-    """
-    if op != "dequantize":
-        raise argument_error("explain", "op", '"dequantize"', repr(op))
-    return explain_problem(dequantize_problem(qw.operands(), dtype or qw.dtype))

@@ -5,6 +5,7 @@ A weight crosses the border as plain tensors and numbers, in the order of `WEIGH
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,12 +25,23 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator: define `schema` with the function as its body on every device."""
+    """Decorator: define `schema` with the function as its body on every device.
+
+    The body runs with autocast off: a kernel that multiplies in fp32 means fp32.
+    """
     name = schema.split("(")[0]
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(body)
+        def without_autocast(first: torch.Tensor, *rest: Any) -> Any:
+            device_type = first.device.type
+            if not torch.is_autocast_enabled(device_type):
+                return body(first, *rest)
+            with torch.autocast(device_type, enabled=False):
+                return body(first, *rest)
+
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, without_autocast, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         return body
 

@@ -88,14 +88,18 @@ def test_dequantize_of_every_byte_and_edge_scale(isa: int, name: str, dtype: tor
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dequantize_rounds_to_nearest_even(isa: int, dtype: torch.dtype) -> None:
-    # Products with random low bits, and products that are exact ties of fp16 and bf16.
+    # Values midway between neighbours of bf16 (2^-7 apart from 1 on) and of fp16 (2^-10 apart), at
+    # scales that are powers of two; and products with random low bits.
     torch.manual_seed(1)
+    for spacing in (2.0**-7, 2.0**-10):
+        ties = torch.tensor([1 + (i + 0.5) * spacing for i in range(16)])
+        operands = random_operands((64, 64), codebook=ties)
+        assert operands.absmax is not None
+        powers = torch.sign(operands.absmax) * 2.0 ** torch.arange(64).remainder(12)
+        check(isa, operands._replace(absmax=powers), dtype)
     random = torch.randn(16)
-    ties = torch.tensor([1 + (2 * i + 1) * 2.0**-9 for i in range(8)] * 2)
-    halves = torch.tensor([1 + (2 * i + 1) * 2.0**-12 for i in range(8)] * 2)
-    for codebook in (random, ties, halves):
-        check(isa, random_operands((64, 64), codebook=codebook), dtype)
-        check(isa, random_operands((64, 64), 32, "nested", codebook=codebook), dtype)
+    check(isa, random_operands((64, 64), codebook=random), dtype)
+    check(isa, random_operands((64, 64), 32, "nested", codebook=random), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

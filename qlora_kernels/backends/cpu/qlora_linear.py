@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from qlora_kernels.backends.cpu.common import contiguous, register_cpu_kernel, weight_arguments
+from qlora_kernels.backends.cpu.dropout import dropout_cpu
 from qlora_kernels.backends.cpu.matmul_path import (
     PATH_NUMBER,
     backward_by_panels,
@@ -12,17 +13,6 @@ from qlora_kernels.backends.cpu.matmul_path import (
     matmul_by_panels,
 )
 from qlora_kernels.formats.quantized_weight import WeightOperands
-
-
-def dropout_cpu(
-    isa: int, x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None
-) -> torch.Tensor:
-    """`reference.dropout_reference` of a contiguous x; x itself where nothing is dropped."""
-    if dropout_p == 0.0 or seed is None:
-        return x
-    dropped = torch.empty_like(x)
-    torch.ops.qlora_kernels_cpu.dropout.default(x, dropout_p, seed, dropped, isa)
-    return dropped
 
 
 @register_cpu_kernel("qlora_linear")
@@ -42,7 +32,10 @@ def qlora_linear_cpu(
     rows, cols = operands.shape
     x = contiguous(x)
     path = choose_path(len(x), rows, cols, x.dtype, isa, batch_invariant)
-    y = matmul_by_panels(isa, x, operands) if path == "panels" else x.new_empty(len(x), rows)
+    if path == "panels":
+        y, bias = matmul_by_panels(isa, x, operands, bias), None
+    else:
+        y = x.new_empty(len(x), rows)
     xa = x.new_empty(len(x), len(lora_a))
     torch.ops.qlora_kernels_cpu.qlora_linear.default(
         x,

@@ -1,0 +1,122 @@
+"""quantized_linear: y = x Ŵᵀ + bias, differentiable in x and bias. Nothing dense is saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from qlora_kernels.formats.quantized_weight import QuantizedWeight, WeightOperands
+from qlora_kernels.ops.checks import autocast_input, check_parameter, check_x, weight_operands
+
+# The overloads themselves: finding them by name on every call takes microseconds.
+_forward = torch.ops.qlora_kernels.quantized_matmul.default
+_backward = torch.ops.qlora_kernels.quantized_matmul_backward_input.default
+
+
+class QuantizedMatmulFunction(torch.autograd.Function):
+    """y [M,N] = x [M,K] Ŵᵀ + bias [N]. Saved for backward: the weight's own tensors."""
+
+    # Not split into forward and setup_context: torch then binds the arguments by signature on
+    # every call, which takes longer than everything else here.
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, batch_invariant: bool, *weight: Any
+    ) -> torch.Tensor:
+        save_weight(ctx, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        y: torch.Tensor = _forward(x, *weight, bias, batch_invariant)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight, _ = restore_saved(ctx)
+            grad_x = _backward(grad_y, *weight)
+        if ctx.needs_input_grad[1]:
+            grad_bias = bias_gradient(grad_y, ctx.bias_dtype)
+        return grad_x, grad_bias, None, *[None] * len(WeightOperands._fields)
+
+
+def save_weight(ctx: Any, weight: tuple[Any, ...], *others: torch.Tensor | None) -> None:
+    """Saves the weight's tensors, then `others`, and keeps its plain numbers on the context."""
+    tensors = weight[: WeightOperands._fields.index("shape")]
+    ctx.weight_numbers = weight[len(tensors) :]
+    ctx.save_for_backward(*tensors, *others)
+
+
+def restore_saved(ctx: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The weight as `save_weight` got it, and the others.
+
+    To be called once a backward: activation checkpointing lets tensors be unpacked only once.
+    """
+    tensors, split = ctx.saved_tensors, WeightOperands._fields.index("shape")
+    return (*tensors[:split], *ctx.weight_numbers), tensors[split:]
+
+
+def bias_gradient(grad_y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Sum over tokens, in at least fp32."""
+    wide = torch.promote_types(grad_y.dtype, torch.float32)
+    return grad_y.sum(dim=0, dtype=wide).to(dtype)
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """x [..., K] as [M, K]."""
+    if x.dim() == 2:
+        return x
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
+def shaped_like(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """y [M, N] with the leading dimensions of x [..., K]."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def quantized_linear(
+    x: torch.Tensor,
+    qw: QuantizedWeight,
+    bias: torch.Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """x Ŵᵀ (+ bias), with the shapes of `torch.nn.functional.linear`; differentiable in x and bias.
+
+    Args:
+        x: [..., K] fp32, fp16 or bf16 (fp64 on the reference); under autocast it is cast first.
+        qw: a weight [N, K].
+        bias: [N], fp32 or narrower.
+        batch_invariant: make a row of the result depend on its own row of x alone, bit for bit,
+            whatever else is in the batch; large batches are slower then.
+
+    Returns:
+        [..., N] in x's dtype: Ŵ rounded to that dtype, summed in fp32, rounded once.
+
+    Raises:
+        ArgumentTypeError: not a tensor or not a QuantizedWeight, a dtype that is not floating.
+        ArgumentError: shapes or devices that do not fit.
+        BackendError: a forced backend that cannot run the problem.
+    """
+    return quantized_linear_of(x, weight_operands("quantized_linear", qw), bias, batch_invariant)
+
+
+def quantized_linear_of(
+    x: torch.Tensor,
+    operands: WeightOperands,
+    bias: torch.Tensor | None,
+    batch_invariant: bool,
+    op: str = "quantized_linear",
+) -> torch.Tensor:
+    """`quantized_linear` on operands that a module holds."""
+    out_features, in_features = operands.shape
+    x = autocast_input(check_x(op, x, in_features, operands.codes.device))
+    if bias is not None:
+        check_parameter(op, "bias", bias, (out_features,), x)
+    rows = rows_of(x)
+    if torch.is_grad_enabled():
+        y = QuantizedMatmulFunction.apply(rows, bias, batch_invariant, *operands)
+    else:
+        y = _forward(rows, *operands, bias, batch_invariant)
+    return shaped_like(x, y)

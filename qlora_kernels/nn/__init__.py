@@ -1,0 +1,20 @@
+"""L5: modules. Each holds parameters and calls one differentiable function."""
+
+from qlora_kernels.nn.adapter import LoRAAdapter, lora_parameters
+from qlora_kernels.nn.adapter_files import load_adapter, save_adapter
+from qlora_kernels.nn.lora_linear import LoRALinear
+from qlora_kernels.nn.qlora_linear import QLoRALinear
+from qlora_kernels.nn.quantized_linear import QuantizedLinear
+from qlora_kernels.nn.replace import ReplaceReport, replace_linear
+
+__all__ = [
+    "LoRAAdapter",
+    "LoRALinear",
+    "QLoRALinear",
+    "QuantizedLinear",
+    "ReplaceReport",
+    "load_adapter",
+    "lora_parameters",
+    "replace_linear",
+    "save_adapter",
+]

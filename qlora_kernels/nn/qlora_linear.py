@@ -1,0 +1,131 @@
+"""QLoRALinear: a quantized base weight with a LoRA adapter, forward and backward fused."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from qlora_kernels.autograd.qlora_linear import qlora_linear_of
+from qlora_kernels.formats.format import Format
+from qlora_kernels.formats.quantized_weight import QuantizedWeight
+from qlora_kernels.nn.adapter import LoRAAdapter
+from qlora_kernels.nn.quantized_linear import QuantizedLinear, quantize_linear
+
+
+class QLoRALinear(LoRAAdapter, QuantizedLinear):
+    """y = x Ŵᵀ + scaling·(dropout(x) Aᵀ) Bᵀ + bias; see `QuantizedLinear` and `LoRAAdapter`.
+
+    A and B are fp32 by default whatever x is: they are rounded to x's dtype to be multiplied, and
+    get fp32 gradients.
+    """
+
+    def __init__(
+        self,
+        qw: QuantizedWeight,
+        bias: torch.Tensor | None = None,
+        *,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        adapter_dtype: torch.dtype = torch.float32,
+        batch_invariant: bool = False,
+    ) -> None:
+        """Holds qw's tensors, uncopied, and a fresh adapter.
+
+        Raises:
+            ArgumentTypeError, ArgumentError: as `QuantizedLinear`; rank outside 1 … min(N, K);
+                alpha or dropout out of range.
+        """
+        QuantizedLinear.__init__(self, qw, bias, batch_invariant)
+        self._init_adapter(rank, alpha, dropout, rslora, adapter_dtype, qw.device)
+
+    @classmethod
+    def from_quantized(  # type: ignore[override]
+        cls,
+        qw: QuantizedWeight,
+        bias: torch.Tensor | None = None,
+        *,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        adapter_dtype: torch.dtype = torch.float32,
+        batch_invariant: bool = False,
+    ) -> QLoRALinear:
+        """The layer of a quantized weight; raises as the constructor."""
+        return cls(
+            qw,
+            bias,
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            rslora=rslora,
+            adapter_dtype=adapter_dtype,
+            batch_invariant=batch_invariant,
+        )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        rank: int = 16,
+        alpha: float = 32.0,
+        format: str | Format = "nf4",
+        block_size: int | None = None,
+        double_quant: bool | None = None,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        adapter_dtype: torch.dtype = torch.float32,
+        batch_invariant: bool = False,
+    ) -> QLoRALinear:
+        """Quantize a linear layer and add an adapter; it is left as it is, and its bias shared.
+
+        A `QuantizedLinear` keeps its tensors: format, block_size and double_quant do not apply.
+
+        Raises:
+            ArgumentTypeError, ArgumentError: as the constructor and `qlora_kernels.quantize`.
+        """
+        if isinstance(linear, QuantizedLinear):
+            qw = linear.quantized_weight
+        else:
+            qw = quantize_linear(cls.__name__, linear, format, block_size, double_quant)
+        layer = cls(
+            qw,
+            linear.bias,
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            rslora=rslora,
+            adapter_dtype=adapter_dtype,
+            batch_invariant=batch_invariant,
+        )
+        return layer.train(linear.training)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """x [..., K] to [..., N]; see `qlora_kernels.qlora_linear`."""
+        merged = self.merged
+        if merged is not None:
+            return self._merged_forward(merged, input)
+        return qlora_linear_of(
+            input,
+            self.operands(),
+            self.lora_a,
+            self.lora_b,
+            self.scaling,
+            self.bias,
+            self.dropout_p if self.training else 0.0,
+            self.batch_invariant,
+            type(self).__name__,
+        )
+
+    def dense_base(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.dequantize(dtype)
+
+    @property
+    def dense_dtype(self) -> torch.dtype:
+        return self.weight_dtype
+
+    def extra_repr(self) -> str:
+        return QuantizedLinear.extra_repr(self) + self._adapter_repr()
