@@ -10,12 +10,13 @@ import hashlib
 import itertools
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Literal
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from qlora_kernels.errors import argument_error
 
@@ -155,10 +156,25 @@ class Codebook:
 
     def table(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The padded table as a shared fp32 tensor [16] on `device`; do not write to it."""
-        return table_tensor(self.padded, torch.device(device))
+        return constant_tensor(self.padded, self.padded, torch.float32, torch.device(device))
 
 
-@lru_cache(maxsize=1024)
-def table_tensor(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """An fp32 constant tensor on `device`, made once per (values, device)."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
+_constants: dict[tuple[Hashable, torch.dtype, torch.device], torch.Tensor] = {}
+
+
+def constant_tensor(
+    key: Hashable, values: Sequence[float], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """`values` as a tensor made once per (key, dtype, device) and shared; do not write to it.
+
+    While torch traces, a tensor of its own: what is made then is not real. What is made in
+    inference mode could never be saved for a backward, so it is made outside.
+    """
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return torch.tensor(values, dtype=dtype, device=device)
+    found = _constants.get((key, dtype, device))
+    if found is None:
+        with torch.inference_mode(False):
+            found = torch.tensor(values, dtype=dtype, device=device)
+        _constants[key, dtype, device] = found
+    return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from qlora_kernels.formats.codebook import table_tensor
+from qlora_kernels.formats.codebook import constant_tensor
 
 SCALE_BLOCK_SIZE = 256  # scales per second-level scale (QLoRA, §3)
 ZERO_CODE = 127
@@ -277,4 +277,5 @@ VALUES: tuple[float, ...] = (
 
 def dynamic8_table(device: torch.device | str = "cpu") -> torch.Tensor:
     """The map as a shared fp32 tensor [256] on `device`, ascending; do not write to it."""
-    return table_tensor(VALUES, torch.device(device))
+    # By name: hashing 256 numbers would take longer than looking up everything else.
+    return constant_tensor("dynamic8", VALUES, torch.float32, torch.device(device))

@@ -106,19 +106,52 @@ class QuantizedLinear(nn.Linear):
 
     def operands(self) -> WeightOperands:
         """What the kernels take."""
-        held = self._parameters
-        values = {field: _values(held[name]) for field, name in _PARAMETERS.items()}
+        # Spelled out, because it is on the path of every forward.
+        held, fmt = self._parameters, self.format
+        nested = held["weight_absmax"] is None
         return WeightOperands(
-            codebook=_values(held["weight_codebook"]),
-            shape=(self.out_features, self.in_features),
-            block_size=self.format.block_size,
-            scale_block_size=self.format.scale_block_size,
-            **values,
+            self.weight,
+            _values(held["weight_absmax"]),
+            held["weight_scale_codes"] if nested else None,
+            _values(held["weight_scale_absmax"]) if nested else None,
+            _values(held["weight_scale_offset"]) if nested else None,
+            _values(held["weight_codebook"]),
+            _values(held["weight_scale_codebook"]) if nested else None,
+            (self.out_features, self.in_features),
+            fmt.block_size,
+            fmt.scale_block_size,
         )
+
+    def set_quantized_weight(self, qw: QuantizedWeight) -> None:
+        """Hold another weight of the same shape, codebook and block sizes, uncopied.
+
+        Raises:
+            ArgumentTypeError: not a QuantizedWeight.
+            ArgumentError: a shape, format or device that is not the layer's.
+        """
+        name = type(self).__name__
+        if not isinstance(qw, QuantizedWeight):
+            raise type_error(name, "qw", "a QuantizedWeight", type(qw).__name__)
+        own = ((self.out_features, self.in_features), self.format, self.weight.device)
+        if (qw.shape, qw.format, qw.device) != own:
+            raise argument_error(name, "qw", f"{own}", (qw.shape, qw.format, qw.device))
+        for field, parameter in _PARAMETERS.items():
+            self.register_parameter(parameter, _frozen_bits(getattr(qw, field)))
+        self.weight_dtype = qw.dtype
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The dense weight [N, K]; dtype as in `qlora_kernels.dequantize`."""
         return dequantize(self.quantized_weight, dtype)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the weight that is stored: what PEFT makes adapters of."""
+        return self.weight_dtype
+
+    @property
+    def W_q(self) -> torch.Tensor:
+        """The codes, by the name under which PEFT looks for a layer with `dequantize()`."""
+        return self.weight
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """x [..., K] to [..., N]; see `qlora_kernels.quantized_linear`."""

@@ -48,7 +48,7 @@ def check_parameter(
         raise type_error(op, argument, "float32, float16, bfloat16 or float64", tensor.dtype)
     if tensor.dtype == torch.float64 and x.dtype != torch.float64:
         raise type_error(op, argument, f"at most float32 for {x.dtype} x", tensor.dtype)
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise argument_error(op, argument, f"{list(shape)}", f"shape {tuple(tensor.shape)}")
     if tensor.device != x.device:
         raise argument_error(op, argument, f"on {x.device} like x", tensor.device)

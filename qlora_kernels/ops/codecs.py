@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from qlora_kernels.errors import argument_error, type_error
-from qlora_kernels.formats.codebook import Encoder
+from qlora_kernels.formats.codebook import Encoder, constant_tensor
 from qlora_kernels.formats.dynamic8 import SCALE_BLOCK_SIZE, dynamic8_table
 from qlora_kernels.formats.format import Format, check_block_size
 from qlora_kernels.formats.quantized_weight import WEIGHT_DTYPES, QuantizedWeight
@@ -20,13 +19,13 @@ from qlora_kernels.reference import decode_scales_reference
 LARGEST_WEIGHT = 2.0**126
 
 
-@lru_cache(maxsize=256)
 def _encoder_tensors(
     encoder: Encoder, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    boundaries, codes = encoder.boundaries, encoder.rank_codes
     return (
-        torch.tensor(encoder.boundaries, dtype=dtype, device=device),
-        torch.tensor(encoder.rank_codes, dtype=torch.uint8, device=device),
+        constant_tensor(boundaries, boundaries, dtype, device),
+        constant_tensor(codes, codes, torch.uint8, device),
     )
 
 

@@ -44,11 +44,32 @@ def operands_of(arguments: tuple[Any, ...]) -> WeightOperands:
     Double-quantized scales without a table of their own get dynamic8's here rather than by the
     caller, whom torch.compile would have write its 256 values into every graph.
     """
-    operands = WeightOperands(*arguments[:_WEIGHT_SIZE])
-    table = operands.scale_codebook
-    if operands.absmax is None and table is None:
-        table = dynamic8_table(operands.codes.device)
-    return operands._replace(scale_codebook=table, shape=tuple(operands.shape))
+    (
+        codes,
+        absmax,
+        scale_codes,
+        scale_absmax,
+        scale_offset,
+        codebook,
+        scale_codebook,
+        shape,
+        block_size,
+        scale_block_size,
+    ) = arguments[:_WEIGHT_SIZE]
+    if absmax is None and scale_codebook is None:
+        scale_codebook = dynamic8_table(codes.device)
+    return WeightOperands(
+        codes,
+        absmax,
+        scale_codes,
+        scale_absmax,
+        scale_offset,
+        codebook,
+        scale_codebook,
+        tuple(shape),
+        block_size,
+        scale_block_size,
+    )
 
 
 def _fake_matmul(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
