@@ -4,8 +4,8 @@
     -> cli
     csrc/include -> csrc/kernels, csrc/kernels_cpu -> csrc/bindings
 
-A module imports from its own folder and from layers to its left. `errors.py`, `env.py` and `files.py` are open
-to all; `testing/` serves tests and benches only.
+A module imports from its own folder and from layers to its left. `errors.py`, `env.py` and
+`files.py` are open to all; `testing/` serves tests and benches only.
 """
 
 from __future__ import annotations

@@ -9,9 +9,6 @@ namespace {
 
 using namespace qlk::bindings;
 
-// Where the product with Ŵ comes from, as in qlora_kernels/backends/cpu/matmul_path.py.
-enum class Path : int64_t { kDot = 0, kTiles = 1, kPanels = 2 };
-
 // lora_a [R, K] and lora_b [N, R].
 qlk::AdapterView view_of_a(const char* op, const Tensor& lora_a, int64_t cols) {
   const qlk::DType dtype = float_dtype(op, "lora_a", lora_a);
@@ -45,10 +42,10 @@ float* left_scratch(const char* op, int64_t tokens, int64_t rank) {
   return static_cast<float*>(left);
 }
 
-// `dropped` is x after dropout, x itself if there is none. With Path::kPanels y holds x Ŵᵀ already.
+// `dropped` is x after dropout, x itself if there is none.
 void qlora_linear(const Tensor& x, const Tensor& dropped, QLK_WEIGHT_PARAMETERS,
                   const Tensor& lora_a, const Tensor& lora_b, double scaling,
-                  const OptionalTensor& bias, const Tensor& y, const Tensor& xa, int64_t path,
+                  const OptionalTensor& bias, const Tensor& y, const Tensor& xa, bool tiles,
                   int64_t isa_level) {
   constexpr const char* kOp = "qlora_linear";
   const qlk::Isa isa = checked_isa(kOp, isa_level);
@@ -69,18 +66,15 @@ void qlora_linear(const Tensor& x, const Tensor& dropped, QLK_WEIGHT_PARAMETERS,
     qlk::store_f32(left + t * qlk::padded_rank(a.rank), a.rank, p.dtype, isa,
                    qlk::element_at(xa.mutable_data_ptr(), p.dtype, t * a.rank));
   set_low_rank(b, left, static_cast<float>(scaling), &p);
-  if (path == static_cast<int64_t>(Path::kPanels))
-    check_status(kOp, qlk::finish_result(p, rows, isa, torch_threads()));
-  else
-    check_status(kOp, run_forward(p, path == static_cast<int64_t>(Path::kTiles), isa));
+  check_status(kOp, run_forward(p, tiles, isa));
 }
 
-// Gradients that are None are not needed. With Path::kPanels grad_x holds grad_y Ŵ already.
+// Gradients that are None are not needed.
 void qlora_linear_backward(const Tensor& grad_y, const Tensor& dropped, const Tensor& xa,
                            QLK_WEIGHT_PARAMETERS, const Tensor& lora_a, const Tensor& lora_b,
                            double scaling, double dropout_p, const OptionalTensor& seed,
                            const OptionalTensor& grad_x, const OptionalTensor& grad_a,
-                           const OptionalTensor& grad_b, int64_t path, int64_t isa_level) {
+                           const OptionalTensor& grad_b, bool tiles, int64_t isa_level) {
   constexpr const char* kOp = "qlora_linear_backward";
   const qlk::Isa isa = checked_isa(kOp, isa_level);
   const qlk::DType dtype = float_dtype(kOp, "grad_y", grad_y);
@@ -125,10 +119,7 @@ void qlora_linear_backward(const Tensor& grad_y, const Tensor& dropped, const Te
     if (seed)
       p.low_rank.mask = qlk::dropout_mask(
           dropout_p, *read_operand<int64_t>(kOp, "seed", *seed, ScalarType::Long, 1));
-    if (path == static_cast<int64_t>(Path::kPanels))
-      check_status(kOp, qlk::finish_result(p, cols, isa, threads));
-    else
-      check_status(kOp, run_backward(p, path == static_cast<int64_t>(Path::kTiles), isa));
+    check_status(kOp, run_backward(p, tiles, isa));
   }
 }
 
@@ -137,10 +128,10 @@ void qlora_linear_backward(const Tensor& grad_y, const Tensor& dropped, const Te
 STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_cpu, m) {
   m.def("qlora_linear(Tensor x, Tensor dropped, " QLK_WEIGHT_SCHEMA
         ", Tensor lora_a, Tensor lora_b, float scaling, Tensor? bias, Tensor(a!) y, "
-        "Tensor(b!) xa, int path, int isa) -> ()");
+        "Tensor(b!) xa, bool tiles, int isa) -> ()");
   m.def("qlora_linear_backward(Tensor grad_y, Tensor dropped, Tensor xa, " QLK_WEIGHT_SCHEMA
         ", Tensor lora_a, Tensor lora_b, float scaling, float dropout_p, Tensor? seed, "
-        "Tensor(a!)? grad_x, Tensor(b!)? grad_a, Tensor(c!)? grad_b, int path, int isa) -> ()");
+        "Tensor(a!)? grad_x, Tensor(b!)? grad_a, Tensor(c!)? grad_b, bool tiles, int isa) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qlora_kernels_cpu, CPU, m) {

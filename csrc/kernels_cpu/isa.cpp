@@ -15,7 +15,12 @@
 namespace qlk {
 namespace {
 
-#if defined(QLK_X86)
+#if defined(QLK_ASSUME_ISA)
+
+// Tests only (tests/emulation): a level whose instructions CPUID does not show.
+Isa detect() { return static_cast<Isa>(QLK_ASSUME_ISA); }
+
+#elif defined(QLK_X86)
 
 // State components of XCR0 (Intel SDM vol. 1, 13.1): SSE + AVX, the three of AVX-512, the two of
 // AMX.

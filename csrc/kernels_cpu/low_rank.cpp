@@ -15,12 +15,9 @@ namespace {
 constexpr int64_t kFloat = sizeof(float);
 // Columns worked on at a time.
 constexpr int64_t kStrip = 512;
-constexpr int64_t kTokenStep = 32;
-
-AdapterView right_of(const LowRankTerm& term, int64_t cols) {
-  return {term.right, term.right_dtype,       term.rank,
-          cols,       term.right_rank_stride, term.right_col_stride};
-}
+// Tokens summed on their own before they join a gradient: the rounding error of fp32 grows with the
+// length of a chain of additions.
+constexpr int64_t kChainTokens = 256;
 
 }  // namespace
 
@@ -37,16 +34,25 @@ void load_adapter_tile(const AdapterView& adapter, DType dtype, int64_t col_begi
     }
     return;
   }
-  // Rank is the contiguous axis here: read a column's ranks in runs and spread them.
-  constexpr int64_t kRun = 64;
+  // Rank is the contiguous axis here: read the ranks of some columns, or a run of those of one, and
+  // spread them.
+  constexpr int64_t kRun = 1024;
   float run[kRun];
-  for (int64_t j = 0; j < cols; ++j) {
-    for (int64_t first = 0; first < adapter.rank; first += kRun) {
-      const int64_t count = std::min(kRun, adapter.rank - first);
+  const bool whole_columns =
+      adapter.rank > 0 && adapter.rank <= kRun && adapter.col_stride == adapter.rank;
+  const int64_t columns = whole_columns ? kRun / adapter.rank : 1;
+  const int64_t ranks = whole_columns ? adapter.rank : std::min(kRun, adapter.rank);
+  for (int64_t j = 0; j < cols; j += columns) {
+    const int64_t width = std::min(columns, cols - j);
+    for (int64_t first = 0; first < adapter.rank; first += ranks) {
+      const int64_t count = std::min(ranks, adapter.rank - first);
       load_f32(adapter.data, adapter.dtype,
-               (col_begin + j) * adapter.col_stride + first * adapter.rank_stride, count, isa, run);
-      if (rounds) round_f32(run, count, dtype, isa);
-      for (int64_t r = 0; r < count; ++r) tile[(first + r) * tile_stride + j] = run[r];
+               (col_begin + j) * adapter.col_stride + first * adapter.rank_stride, width * count,
+               isa, run);
+      if (rounds) round_f32(run, width * count, dtype, isa);
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t i = 0; i < width; ++i)
+          tile[(first + r) * tile_stride + j + i] = run[i * count + r];
     }
   }
 }
@@ -55,23 +61,31 @@ Status down_projection(const void* x, DType dtype, int64_t tokens, const Adapter
                        float scaling, Isa isa, const ThreadPool& pool, float* left) {
   static thread_local Scratch memory;
   const int64_t depth = adapter.cols, rank = adapter.rank, padded = padded_rank(rank);
-  auto* rows = static_cast<float*>(memory.reserve(padded * depth * kFloat));
-  if (!rows) return Status::kOutOfMemory;
-  pool.run(0, (depth + kStrip - 1) / kStrip, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kStrip, last = std::min(depth, end * kStrip);
-    for (int64_t j = first; j < last; j += kStrip)
-      load_adapter_tile(adapter, dtype, j, std::min(kStrip, last - j), depth, isa, rows + j);
-  });
   // Few tokens are shared out by ranks, many by tokens; the additions are the same.
   const bool by_rank = tokens < pool.num_threads;
-  const int64_t rank_step = by_rank ? 4 : std::max<int64_t>(padded, 1);
+  // Few tokens read the adapter's rows where they are: a copy of them would be used only once.
+  const bool copies = !by_rank || adapter.col_stride != 1;
+  float* rows = nullptr;
+  if (copies) {
+    rows = static_cast<float*>(memory.reserve(padded * depth * kFloat));
+    if (!rows) return Status::kOutOfMemory;
+    pool.run(0, (depth + kStrip - 1) / kStrip, 1, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kStrip, last = std::min(depth, end * kStrip);
+      for (int64_t j = first; j < last; j += kStrip)
+        load_adapter_tile(adapter, dtype, j, std::min(kStrip, last - j), depth, isa, rows + j);
+    });
+  }
+  const int64_t rank_step = by_rank ? kAxpyRows : std::max<int64_t>(padded, 1);
   const int64_t rank_units = (padded + rank_step - 1) / rank_step;
   Failure failure;
   pool.run(0, tokens * rank_units, 1, [&](int64_t begin, int64_t end) {
     static thread_local Scratch own;
-    auto* sums = static_cast<float*>(own.reserve((rank_step * kDotLanes + kStrip) * kFloat));
+    const int64_t tile_rows = copies ? 0 : rank_step;
+    auto* sums = static_cast<float*>(
+        own.reserve((rank_step * kDotLanes + (1 + tile_rows) * kStrip) * kFloat));
     if (!sums) return failure.set();
     float* wide = sums + rank_step * kDotLanes;
+    float* tile = wide + kStrip;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t token = unit / rank_units, first = unit % rank_units * rank_step;
       const int64_t count = std::min(rank_step, padded - first);
@@ -79,7 +93,15 @@ Status down_projection(const void* x, DType dtype, int64_t tokens, const Adapter
       for (int64_t j = 0; j < depth; j += kStrip) {
         const int64_t cols = std::min(kStrip, depth - j);
         load_f32(x, dtype, token * depth + j, cols, isa, wide);
-        dot_chunk(wide, cols, rows + first * depth + j, depth, count, isa, sums);
+        if (copies) {
+          dot_chunk(wide, cols, rows + first * depth + j, depth, count, isa, sums);
+          continue;
+        }
+        AdapterView part = adapter;
+        part.data = element_at(adapter.data, adapter.dtype, first * adapter.rank_stride);
+        part.rank = std::min(count, rank - first);
+        load_adapter_tile(part, dtype, j, cols, kStrip, isa, tile);
+        dot_chunk(wide, cols, tile, kStrip, count, isa, sums);
       }
       float* out = left + token * padded + first;
       for (int64_t r = 0; r < count; ++r)
@@ -119,46 +141,6 @@ void add_low_rank(const LowRankTerm& term, int64_t token_begin, int64_t tokens, 
   }
 }
 
-Status finish_result(const QuantizedMatmulParams& params, int64_t cols, Isa isa,
-                     const ThreadPool& pool) {
-  const int64_t strips = (cols + kStrip - 1) / kStrip;
-  const int64_t padded = padded_rank(params.low_rank.rank);
-  Failure failure;
-  pool.run(0, strips, 1, [&](int64_t begin, int64_t end) {
-    static thread_local Scratch memory;
-    auto* values =
-        static_cast<float*>(memory.reserve((2 * kTokenStep + padded + 1) * kStrip * kFloat));
-    if (!values) return failure.set();
-    float* products = values + kTokenStep * kStrip;
-    float* tile = products + kTokenStep * kStrip;
-    float* bias = tile + padded * kStrip;
-    for (int64_t strip = begin; strip < end; ++strip) {
-      const int64_t col = strip * kStrip, count = std::min(kStrip, cols - col);
-      if (params.bias) load_f32(params.bias, params.bias_dtype, col, count, isa, bias);
-      if (params.low_rank.present())
-        load_adapter_tile(right_of(params.low_rank, cols), params.dtype, col, count, count, isa,
-                          tile);
-      for (int64_t token = 0; token < params.tokens; token += kTokenStep) {
-        const int64_t tokens = std::min(kTokenStep, params.tokens - token);
-        for (int64_t t = 0; t < tokens; ++t)
-          load_f32(params.y, params.dtype, (token + t) * cols + col, count, isa,
-                   values + t * count);
-        if (params.low_rank.present())
-          add_low_rank(params.low_rank, token, tokens, col, count, cols, tile, isa, products,
-                       values, count);
-        for (int64_t t = 0; t < tokens; ++t) {
-          float* row = values + t * count;
-          if (params.bias)
-            for (int64_t j = 0; j < count; ++j) row[j] += bias[j];
-          store_f32(row, count, params.dtype, isa,
-                    element_at(params.y, params.dtype, (token + t) * cols + col));
-        }
-      }
-    }
-  });
-  return failure.status();
-}
-
 Status adapter_gradient(const float* left, const void* x, DType dtype, int64_t tokens,
                         float scaling, const AdapterView& gradient, Isa isa,
                         const ThreadPool& pool) {
@@ -178,19 +160,23 @@ Status adapter_gradient(const float* left, const void* x, DType dtype, int64_t t
   pool.run(0, (cols + kStrip - 1) / kStrip, 1, [&](int64_t begin, int64_t end) {
     static thread_local Scratch own;
     auto* sums = static_cast<float*>(
-        own.reserve(((gradient.rank + kAxpyRows) * kStrip + gradient.rank) * kFloat));
+        own.reserve(((2 * gradient.rank + kAxpyRows) * kStrip + gradient.rank) * kFloat));
     if (!sums) return failure.set();
-    float* rows = sums + gradient.rank * kStrip;
+    float* partial = sums + gradient.rank * kStrip;
+    float* rows = partial + gradient.rank * kStrip;
     float* column = rows + kAxpyRows * kStrip;
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t col = strip * kStrip, count = std::min(kStrip, cols - col);
       std::fill_n(sums, gradient.rank * kStrip, 0.0f);
       for (int64_t t = 0; t < tokens; t += kAxpyRows) {
         const int64_t loaded = std::min(kAxpyRows, tokens - t);
+        if (t % kChainTokens == 0) std::fill_n(partial, gradient.rank * kStrip, 0.0f);
         for (int64_t i = 0; i < loaded; ++i)
           load_f32(x, dtype, (t + i) * cols + col, count, isa, rows + i * kStrip);
         std::fill_n(rows + loaded * kStrip, (kAxpyRows - loaded) * kStrip, 0.0f);
-        add_rows(rows, kStrip, count, factors + t, row, gradient.rank, isa, sums, kStrip);
+        add_rows(rows, kStrip, count, factors + t, row, gradient.rank, isa, partial, kStrip);
+        if ((t + kAxpyRows) % kChainTokens == 0 || t + kAxpyRows >= tokens)
+          for (int64_t i = 0; i < gradient.rank * kStrip; ++i) sums[i] += partial[i];
       }
       if (gradient.col_stride == 1) {
         for (int64_t r = 0; r < gradient.rank; ++r)

@@ -16,27 +16,39 @@ namespace {
 constexpr int64_t kPassTokens = 32;
 // Columns per unit of work: the sums of a pass are 64 KiB.
 constexpr int64_t kStrip = 512;
+// Rows summed on their own before they join the total: the rounding error of fp32 grows with the
+// length of a chain of additions.
+constexpr int64_t kChainRows = 256;
 
+// sums += partial for every token.
+void join(const float* partial, int64_t tokens, int64_t cols, float* sums) {
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t j = 0; j < cols; ++j) sums[t * kStrip + j] += partial[t * kStrip + j];
+}
+
+// `partial` is scratch of the size of `sums`.
 void strip_sums(const QuantizedView& weight, const float* grad, int64_t tokens, int64_t col,
-                int64_t cols, Isa isa, float* sums) {
+                int64_t cols, Isa isa, float* partial, float* sums) {
   alignas(64) float rows[kAxpyRows * kStrip];
   alignas(64) float factors[kPassTokens * kAxpyRows];
   std::fill_n(sums, tokens * kStrip, 0.0f);
   const int64_t N = weight.rows;
   for (int64_t n = 0; n < N; n += kAxpyRows) {
     const int64_t count = std::min(kAxpyRows, N - n);
+    if (n % kChainRows == 0) std::fill_n(partial, tokens * kStrip, 0.0f);
     for (int64_t r = 0; r < count; ++r)
       decode_span_f32(weight, (n + r) * weight.cols + col, cols, isa, rows + r * kStrip);
     if (count == kAxpyRows) {
-      add_rows(rows, kStrip, cols, grad + n, N, tokens, isa, sums, kStrip);
-      continue;
+      add_rows(rows, kStrip, cols, grad + n, N, tokens, isa, partial, kStrip);
+    } else {
+      // The last rows: what is missing counts as zeros times zero.
+      std::fill_n(rows + count * kStrip, (kAxpyRows - count) * kStrip, 0.0f);
+      std::fill_n(factors, tokens * kAxpyRows, 0.0f);
+      for (int64_t t = 0; t < tokens; ++t)
+        std::copy_n(grad + t * N + n, count, factors + t * kAxpyRows);
+      add_rows(rows, kStrip, cols, factors, kAxpyRows, tokens, isa, partial, kStrip);
     }
-    // The last rows: what is missing counts as zeros times zero.
-    std::fill_n(rows + count * kStrip, (kAxpyRows - count) * kStrip, 0.0f);
-    std::fill_n(factors, tokens * kAxpyRows, 0.0f);
-    for (int64_t t = 0; t < tokens; ++t)
-      std::copy_n(grad + t * N + n, count, factors + t * kAxpyRows);
-    add_rows(rows, kStrip, cols, factors, kAxpyRows, tokens, isa, sums, kStrip);
+    if ((n + kAxpyRows) % kChainRows == 0 || n + kAxpyRows >= N) join(partial, tokens, cols, sums);
   }
 }
 
@@ -53,7 +65,7 @@ Status run_pass(const QuantizedMatmulParams& p, const float* grad, int64_t token
     float* tile = products + tokens * kStrip;
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t col = strip * kStrip, cols = std::min(kStrip, K - col);
-      strip_sums(p.weight, grad, tokens, col, cols, isa, sums);
+      strip_sums(p.weight, grad, tokens, col, cols, isa, products, sums);
       const LowRankTerm& term = p.low_rank;
       if (term.present()) {
         load_adapter_tile({term.right, term.right_dtype, term.rank, K, term.right_rank_stride,

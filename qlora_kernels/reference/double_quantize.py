@@ -32,7 +32,9 @@ def double_quantize_reference(
         code of 0), so that all of it decodes to NaN.
     """
     count, device = absmax.numel(), absmax.device
-    total = math.fsum(absmax.tolist())
+    # fsum refuses to add infinities of both signs; their sum is NaN.
+    both = bool(absmax.isposinf().any()) and bool(absmax.isneginf().any())
+    total = math.nan if both else math.fsum(absmax.tolist())
     offset = torch.tensor([total / count if count else 0.0], dtype=torch.float32, device=device)
     blocks = n_blocks(count, scale_block_size)
     centred = absmax.new_zeros(blocks * scale_block_size)

@@ -94,6 +94,9 @@ def test_double_quantize_of_a_scale_that_is_not_finite(isa: int, value: float) -
     absmax = torch.rand(600)
     absmax[300] = value
     check(isa, absmax)
+    opposed = absmax.clone()
+    opposed[10] = -value
+    check(isa, opposed)
     codes, scale, offset = double_quantize_cpu(isa, absmax, dynamic8_table(), 256)
     decoded = dynamic8_table()[codes.long()] * scale.repeat_interleave(256)[:600] + offset
     assert not decoded.isfinite().any(), "never plausible numbers"

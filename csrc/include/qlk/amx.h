@@ -18,6 +18,15 @@ constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kTileFloats = 256;
 constexpr int64_t kRowBytes = 64;
 
+}  // namespace qlk::amx
+
+#if defined(QLK_EMULATE_AMX)
+// Tests only (tests/emulation): the same Session, zero, load, store and multiply in plain C++.
+#include "qlk/amx_twin.h"
+#else
+
+namespace qlk::amx {
+
 // Tile registers are per-thread state that is off by default: on for the life of a Session.
 class Session {
  public:
@@ -55,6 +64,12 @@ template <int kC, int kA, int kB>
 QLK_INLINE void multiply() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
 }
+
+}  // namespace qlk::amx
+
+#endif
+
+namespace qlk::amx {
 
 // A row of tiles along the summed axis: tile s begins at base + s * step, its rows stride apart.
 struct TileRun {

@@ -33,11 +33,6 @@ void add_low_rank(const LowRankTerm& term, int64_t token_begin, int64_t tokens, 
                   int64_t cols, int64_t result_cols, const float* tile, Isa isa, float* products,
                   float* out, int64_t out_stride);
 
-// y [tokens, cols] of params.dtype += the low-rank term + bias, one rounding: what remains to be
-// done to a result that a GEMM has written. weight is not looked at but for its sizes.
-Status finish_result(const QuantizedMatmulParams& params, int64_t cols, Isa isa,
-                     const ThreadPool& pool);
-
 // gradient (r, j) = scaling * sum over tokens of left[t, r] * x[t, j]; x [tokens, cols] of dtype,
 // left [tokens, padded rank]. The view says where the gradient goes and in which dtype.
 Status adapter_gradient(const float* left, const void* x, DType dtype, int64_t tokens,

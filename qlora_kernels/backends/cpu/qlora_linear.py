@@ -6,12 +6,8 @@ import torch
 
 from qlora_kernels.backends.cpu.common import contiguous, register_cpu_kernel, weight_arguments
 from qlora_kernels.backends.cpu.dropout import dropout_cpu
-from qlora_kernels.backends.cpu.matmul_path import (
-    PATH_NUMBER,
-    backward_by_panels,
-    choose_path,
-    matmul_by_panels,
-)
+from qlora_kernels.backends.cpu.matmul_path import choose_path
+from qlora_kernels.backends.cpu.panels import qlora_backward_by_panels, qlora_by_panels
 from qlora_kernels.formats.quantized_weight import WeightOperands
 
 
@@ -31,15 +27,15 @@ def qlora_linear_cpu(
     """y [M,N] and xa [M,R]; see `reference.qlora_linear_reference`."""
     rows, cols = operands.shape
     x = contiguous(x)
-    path = choose_path(len(x), rows, cols, x.dtype, isa, batch_invariant)
+    path = choose_path(x.shape[0], rows, cols, x.dtype, isa, batch_invariant)
+    dropped = dropout_cpu(isa, x, dropout_p, seed)
     if path == "panels":
-        y, bias = matmul_by_panels(isa, x, operands, bias), None
-    else:
-        y = x.new_empty(len(x), rows)
-    xa = x.new_empty(len(x), len(lora_a))
+        return qlora_by_panels(isa, x, dropped, operands, lora_a, lora_b, scaling, bias)
+    y = x.new_empty(x.shape[0], rows)
+    xa = x.new_empty(x.shape[0], lora_a.shape[0])
     torch.ops.qlora_kernels_cpu.qlora_linear.default(
         x,
-        dropout_cpu(isa, x, dropout_p, seed),
+        dropped,
         *weight_arguments(operands),
         contiguous(lora_a),
         contiguous(lora_b),
@@ -47,7 +43,7 @@ def qlora_linear_cpu(
         None if bias is None else contiguous(bias),
         y,
         xa,
-        PATH_NUMBER[path],
+        path == "tiles",
         isa,
     )
     return y, xa
@@ -70,21 +66,32 @@ def qlora_linear_backward_cpu(
     """grad_x, grad_a, grad_b, empty where not needed; see `qlora_linear_backward_reference`."""
     rows, cols = operands.shape
     grad_y, x = contiguous(grad_y), contiguous(x)
-    path = choose_path(len(x), rows, cols, x.dtype, isa)
+    path = choose_path(x.shape[0], rows, cols, x.dtype, isa)
+    dropped = dropout_cpu(isa, x, dropout_p, seed) if needs[1] else x
+    if path == "panels":
+        return qlora_backward_by_panels(
+            isa,
+            grad_y,
+            dropped,
+            xa,
+            operands,
+            lora_a,
+            lora_b,
+            scaling,
+            dropout_p,
+            seed,
+            needs,
+        )
     grad_x, grad_a, grad_b = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
     if needs[0]:
-        grad_x = (
-            backward_by_panels(isa, grad_y, operands)
-            if path == "panels"
-            else x.new_empty(len(x), cols)
-        )
+        grad_x = x.new_empty(x.shape[0], cols)
     if needs[1]:
         grad_a = lora_a.new_empty(lora_a.shape)
     if needs[2]:
         grad_b = lora_b.new_empty(lora_b.shape)
     torch.ops.qlora_kernels_cpu.qlora_linear_backward.default(
         grad_y,
-        dropout_cpu(isa, x, dropout_p, seed) if needs[1] else x,
+        dropped,
         contiguous(xa),
         *weight_arguments(operands),
         contiguous(lora_a),
@@ -95,7 +102,7 @@ def qlora_linear_backward_cpu(
         grad_x if needs[0] else None,
         grad_a if needs[1] else None,
         grad_b if needs[2] else None,
-        PATH_NUMBER[path],
+        path == "tiles",
         isa,
     )
     return grad_x, grad_a, grad_b

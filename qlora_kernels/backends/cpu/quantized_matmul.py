@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 
 from qlora_kernels.backends.cpu.common import contiguous, register_cpu_kernel, weight_arguments
-from qlora_kernels.backends.cpu.matmul_path import (
-    backward_by_panels,
-    choose_path,
-    matmul_by_panels,
-)
+from qlora_kernels.backends.cpu.matmul_path import choose_path
+from qlora_kernels.backends.cpu.panels import backward_by_panels, matmul_by_panels
 from qlora_kernels.formats.quantized_weight import WeightOperands
 
 
@@ -24,11 +21,10 @@ def quantized_matmul_cpu(
     """x [M,K] times Ŵᵀ plus bias [N]; see `reference.quantized_matmul_reference`."""
     rows, cols = operands.shape
     x = contiguous(x)
-    path = choose_path(len(x), rows, cols, x.dtype, isa, batch_invariant)
+    path = choose_path(x.shape[0], rows, cols, x.dtype, isa, batch_invariant)
     if path == "panels":
-        y = matmul_by_panels(isa, x, operands)
-        return y if bias is None else y.add_(bias)
-    y = x.new_empty(len(x), rows)
+        return matmul_by_panels(isa, x, operands, bias)
+    y = x.new_empty(x.shape[0], rows)
     torch.ops.qlora_kernels_cpu.quantized_matmul.default(
         x,
         *weight_arguments(operands),
@@ -47,10 +43,10 @@ def quantized_matmul_backward_input_cpu(
     """grad_y [M,N] times Ŵ; see `reference.quantized_matmul_backward_input_reference`."""
     rows, cols = operands.shape
     grad_y = contiguous(grad_y)
-    path = choose_path(len(grad_y), rows, cols, grad_y.dtype, isa)
+    path = choose_path(grad_y.shape[0], rows, cols, grad_y.dtype, isa)
     if path == "panels":
         return backward_by_panels(isa, grad_y, operands)
-    grad_x = grad_y.new_empty(len(grad_y), cols)
+    grad_x = grad_y.new_empty(grad_y.shape[0], cols)
     torch.ops.qlora_kernels_cpu.quantized_matmul_backward_input.default(
         grad_y, *weight_arguments(operands), grad_x, path == "tiles", isa
     )
