@@ -163,7 +163,8 @@ def run(command: list[str]) -> None:
 
 
 def compile_units(cxx: list[str], nvcc: str | None) -> list[CompileUnit]:
-    """Everything to compile. CUDA changes only the .cu units and library.cpp, which reports it."""
+    """Everything to compile. CUDA adds the .cu units and the cuda_* bindings, and library.cpp
+    reports it."""
     werror = os.environ.get("QLK_BUILD_WERROR") == "1"
     include = f"-I{ROOT / 'csrc' / 'include'}"
     torch_include = [
@@ -179,6 +180,8 @@ def compile_units(cxx: list[str], nvcc: str | None) -> list[CompileUnit]:
     for source in sorted(ROOT.glob("csrc/kernels_cpu/*.cpp")):
         units.append(CompileUnit(source, tuple(host)))
     for source in sorted(ROOT.glob("csrc/bindings/*.cpp")):
+        if source.name.startswith("cuda_") and not nvcc:
+            continue  # Its launchers are in the .cu units.
         reports_build = source.name == "library.cpp"
         extra = [version, *with_cuda] if reports_build else []
         units.append(CompileUnit(source, (*host, *torch_include, *extra)))

@@ -77,10 +77,14 @@ inline DType float_dtype(const char* op, const char* name, const Tensor& tensor)
   }
 }
 
-// A contiguous CPU tensor of the given dtype and number of elements.
+// Where an op's tensors must be.
+enum class Place { kCpu, kCuda };
+
+// A contiguous tensor of the given place, dtype and number of elements.
 inline void check_operand(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
-                          int64_t numel) {
-  STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
+                          int64_t numel, Place place = Place::kCpu) {
+  STD_TORCH_CHECK(place == Place::kCuda ? tensor.is_cuda() : tensor.is_cpu(), op, ": ", name,
+                  place == Place::kCuda ? " must be on a CUDA device" : " must be on the CPU");
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " must be ", dtype_name(dtype),
                   ", got ", dtype_name(tensor.scalar_type()));
   STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
@@ -90,15 +94,15 @@ inline void check_operand(const char* op, const char* name, const Tensor& tensor
 
 template <class T>
 const T* read_operand(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
-                      int64_t numel) {
-  check_operand(op, name, tensor, dtype, numel);
+                      int64_t numel, Place place = Place::kCpu) {
+  check_operand(op, name, tensor, dtype, numel, place);
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
 template <class T>
 T* write_operand(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
-                 int64_t numel) {
-  check_operand(op, name, tensor, dtype, numel);
+                 int64_t numel, Place place = Place::kCpu) {
+  check_operand(op, name, tensor, dtype, numel, place);
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
@@ -106,12 +110,13 @@ T* write_operand(const char* op, const char* name, const Tensor& tensor, ScalarT
 inline ScalesView scales_view(const char* op, int64_t n_blocks, const OptionalTensor& absmax,
                               const OptionalTensor& scale_codes, const OptionalTensor& scale_absmax,
                               const OptionalTensor& scale_offset,
-                              const OptionalTensor& scale_codebook, int64_t scale_block_size) {
+                              const OptionalTensor& scale_codebook, int64_t scale_block_size,
+                              Place place = Place::kCpu) {
   ScalesView view;
   STD_TORCH_CHECK(absmax.has_value() != scale_codes.has_value(), op,
                   ": exactly one of absmax and scale_codes must be given");
   if (absmax) {
-    view.absmax = read_operand<float>(op, "absmax", *absmax, ScalarType::Float, n_blocks);
+    view.absmax = read_operand<float>(op, "absmax", *absmax, ScalarType::Float, n_blocks, place);
     return view;
   }
   STD_TORCH_CHECK(scale_absmax && scale_offset && scale_codebook, op,
@@ -120,12 +125,13 @@ inline ScalesView scales_view(const char* op, int64_t n_blocks, const OptionalTe
                   scale_block_size);
   view.scale_block_size = scale_block_size;
   view.scale_codes =
-      read_operand<uint8_t>(op, "scale_codes", *scale_codes, ScalarType::Byte, n_blocks);
+      read_operand<uint8_t>(op, "scale_codes", *scale_codes, ScalarType::Byte, n_blocks, place);
   view.scale_absmax = read_operand<float>(op, "scale_absmax", *scale_absmax, ScalarType::Float,
-                                          ceil_div(n_blocks, scale_block_size));
-  view.scale_offset = read_operand<float>(op, "scale_offset", *scale_offset, ScalarType::Float, 1);
+                                          ceil_div(n_blocks, scale_block_size), place);
+  view.scale_offset =
+      read_operand<float>(op, "scale_offset", *scale_offset, ScalarType::Float, 1, place);
   view.scale_codebook =
-      read_operand<float>(op, "scale_codebook", *scale_codebook, ScalarType::Float, 256);
+      read_operand<float>(op, "scale_codebook", *scale_codebook, ScalarType::Float, 256, place);
   return view;
 }
 
@@ -135,16 +141,18 @@ inline void check_block_size(const char* op, int64_t block_size) {
 }
 
 // The quantized operand, from the parameters that QLK_WEIGHT_PARAMETERS declares.
-inline QuantizedView quantized_view(const char* op, QLK_WEIGHT_PARAMETERS) {
+inline QuantizedView quantized_view(const char* op, QLK_WEIGHT_PARAMETERS,
+                                    Place place = Place::kCpu) {
   check_block_size(op, block_size);
   STD_TORCH_CHECK(rows >= 0 && cols >= 0, op, ": rows and cols must not be negative, got ", rows,
                   " and ", cols);
   const int64_t numel = rows * cols;
   QuantizedView view;
-  view.codes = read_operand<uint8_t>(op, "codes", codes, ScalarType::Byte, ceil_div(numel, 2));
-  view.codebook = read_operand<float>(op, "codebook", codebook, ScalarType::Float, 16);
+  view.codes =
+      read_operand<uint8_t>(op, "codes", codes, ScalarType::Byte, ceil_div(numel, 2), place);
+  view.codebook = read_operand<float>(op, "codebook", codebook, ScalarType::Float, 16, place);
   view.scales = scales_view(op, ceil_div(numel, block_size), absmax, scale_codes, scale_absmax,
-                            scale_offset, scale_codebook, scale_block_size);
+                            scale_offset, scale_codebook, scale_block_size, place);
   view.rows = rows;
   view.cols = cols;
   view.block_size = block_size;

@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "qlk/build_probe.h"
+#include "qlk/cuda/launch.h"
 
 namespace qlk {
 namespace {
@@ -17,6 +18,10 @@ __global__ void build_probe_kernel(int* arch) {
 const char* built_cuda_archs() { return QLK_CUDA_ARCHS; }
 
 int built_cuda_runtime() { return CUDART_VERSION; }
+
+const char* cuda::error_text(int status) {
+  return cudaGetErrorString(static_cast<cudaError_t>(status));
+}
 
 int launch_build_probe(int* arch) {
   int* device_arch = nullptr;

@@ -4,7 +4,7 @@ registers its kernels."""
 from importlib import import_module
 from pkgutil import iter_modules
 
-from qlora_kernels.backends import cpu, torch_reference
+from qlora_kernels.backends import cpu, cuda, torch_reference, triton
 from qlora_kernels.backends.registry import (
     OPS,
     KernelEntry,
@@ -16,8 +16,9 @@ from qlora_kernels.backends.registry import (
     select,
 )
 
-for _module in iter_modules(cpu.__path__, f"{cpu.__name__}."):
-    import_module(_module.name)
+for _folder in (cpu, triton, cuda):
+    for _module in iter_modules(_folder.__path__, f"{_folder.__name__}."):
+        import_module(_module.name)
 
 __all__ = [
     "OPS",

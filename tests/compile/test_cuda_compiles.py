@@ -1,36 +1,43 @@
-"""Every CUDA source compiles for every target that ships, without register spills; needs no GPU."""
+"""Every CUDA source and device header compiles for every target that ships, without register
+spills and within budgets of registers and instructions; needs no GPU."""
 
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.compile.cuda_sass import (
+    NVCC,
+    ROOT,
+    Kernel,
+    Usage,
+    compile_cubin,
+    disassemble,
+    disassembler,
+    matches,
+    usages,
+)
+from tests.emulation.cuda.runner import build_for_gpu
+
 SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
-SOURCES = sorted((ROOT / "csrc" / "kernels").glob("*.cu"))
+KERNELS = ROOT / "csrc" / "kernels"
+SOURCES = sorted(KERNELS.glob("*.cu"))
+DEVICE_HEADERS = sorted((ROOT / "csrc" / "include").rglob("*.cuh"))
 ARCHS = re.findall(r'"(\d+a?)"', SETUP.partition("\nCUDA_ARCHS = ")[2].partition("\n")[0])
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+# Registers of a thread: with 256 threads a block, two blocks an SM up to 128, three up to 80.
+MOST_REGISTERS = {
+    "dequantize": 64,
+    "double_quantize": 64,
+    "quantize": 128,
+    "quantized_matmul_sm80": 128,
+}
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine")
-
-
-def compile_report(source: Path, arch: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Compiles one source to a cubin; the output holds ptxas's account of each kernel."""
-    assert NVCC is not None
-    command = [NVCC, "-std=c++20", "-O3", "-Werror=all-warnings", "-Xptxas=-v", "-cubin"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", '-DQLK_CUDA_ARCHS=""']
-    command += [f"-I{ROOT / 'csrc' / 'include'}", str(source), "-o", str(folder / "out.cubin")]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def spilled(report: str) -> list[str]:
-    """The lines of ptxas's report that show stack or local memory in use."""
-    pattern = re.compile(r"\b[1-9]\d* bytes (stack frame|spill stores|spill loads)|bytes lmem")
-    return [line.strip() for line in report.splitlines() if pattern.search(line)]
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +54,21 @@ def test_cuda_source_compiles(
 ) -> None:
     if arch.rstrip("a") not in known_archs:
         pytest.skip(f"this nvcc does not know sm_{arch}")
-    done = compile_report(source, arch, tmp_path)
+    done = compile_cubin(source, arch, tmp_path / "out.cubin")
     assert done.returncode == 0, done.stderr
-    assert "ptxas info" in done.stderr, "no ptxas report: spills would go unseen"
-    assert not spilled(done.stderr)
+    found = usages(done.stderr)
+    assert found, "no ptxas report: spills would go unseen"
+    assert [usage for usage in found if usage.spilled] == []
+    most = MOST_REGISTERS.get(source.stem, 128)
+    assert [usage for usage in found if usage.registers > most] == []
+
+
+@pytest.mark.parametrize("header", DEVICE_HEADERS, ids=lambda path: path.stem)
+def test_device_header_compiles_alone(header: Path, tmp_path: Path) -> None:
+    source = tmp_path / "alone.cu"
+    source.write_text(f'#include "{header.relative_to(ROOT / "csrc" / "include")}"\n')
+    done = compile_cubin(source, "80", tmp_path / "out.cubin")
+    assert done.returncode == 0, done.stderr
 
 
 def test_spills_are_seen(tmp_path: Path) -> None:
@@ -63,12 +81,105 @@ def test_spills_are_seen(tmp_path: Path) -> None:
         "  *out = values[n & 63];\n"
         "}\n"
     )
-    done = compile_report(source, "80", tmp_path)
+    done = compile_cubin(source, "80", tmp_path / "out.cubin")
     assert done.returncode == 0, done.stderr
-    assert spilled(done.stderr)
+    assert [usage.spilled for usage in usages(done.stderr)] == [True]
 
 
 def test_broken_source_fails(tmp_path: Path) -> None:
     source = tmp_path / "broken.cu"
     source.write_text("__global__ void broken() { undeclared = 1; }\n")
-    assert compile_report(source, "80", tmp_path).returncode != 0
+    assert compile_cubin(source, "80", tmp_path / "out.cubin").returncode != 0
+
+
+# Machine code. Dtypes and token tiles by their place in the mangled names: DType 0 is fp32, 1 fp16,
+# 2 bf16; Lb1E encodes against decoded scales; Li1E, Li2E, Li4E are 8, 16, 32 tokens.
+
+
+@lru_cache(maxsize=8)
+def machine_code(stem: str, arch: str, folder: Path) -> list[Kernel]:
+    cubin = folder / f"{stem}-{arch}.cubin"
+    done = compile_cubin(KERNELS / f"{stem}.cu", arch, cubin)
+    assert done.returncode == 0, done.stderr
+    return disassemble(cubin)
+
+
+@pytest.fixture(params=["80", "90a"])
+def code_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """(stem, part of the mangled name) -> the kernels of that name for the architecture."""
+    if disassembler() is None:
+        pytest.skip("no nvdisasm: it comes with the CUDA toolkit and with Triton")
+
+    def find(stem: str, part: str) -> list[Kernel]:
+        kernels = machine_code(stem, request.param, tmp_path_factory.getbasetemp())
+        found = [kernel for kernel in kernels if re.search(part, kernel.name)]
+        assert found, f"no kernel {part} among {[kernel.name for kernel in kernels]}"
+        return found
+
+    return find
+
+
+def test_dequantize_stores_16_bytes_and_decodes_in_few_instructions(code_of) -> None:
+    # 32 elements of a lane at a time. 17.7 instructions an element are what the H200 can issue
+    # while it moves an element's bytes at its copy bandwidth.
+    elements = 32
+    for dtype, stores in ((1, 4), (2, 4), (0, 8)):
+        for kernel in code_of("dequantize", f"dequantize_kernelILNS_5DTypeE{dtype}"):
+            assert kernel.count(r"STG\.E\.128") == stores
+            assert kernel.count(r"ST\.E|LD\.E") == 0, "generic accesses"
+            decoding = kernel.blocks_with(r"LDS|STG\.E\.128")
+            assert matches(decoding, "LDS") >= elements, "not the blocks that decode"
+            assert sum(decoding.values()) <= 10 * elements
+            assert matches(decoding, "F2FP|F2F") <= (elements / 2 if dtype else 0)
+
+
+def test_quantize_loads_16_bytes_and_encodes_in_few_instructions(code_of) -> None:
+    elements = 32
+    for dtype, loads in ((1, 4), (2, 4), (0, 8)):
+        for kernel in code_of("quantize", f"DTypeE{dtype}ELb0E"):
+            assert kernel.count(r"LDG\.E\S*128") >= loads
+            encoding = kernel.blocks_with("LDS")
+            # The root of the tree stays in a register: three more levels.
+            assert 3 * elements <= matches(encoding, "LDS") <= 3 * elements + 8
+            assert sum(encoding.values()) <= 24 * elements
+
+
+def test_matmul_multiplies_on_tensor_cores_in_few_instructions(code_of) -> None:
+    # At M = 1 an H200 can issue 3.9 instructions an element while it reads the weights. The loop
+    # takes a tile, 16 rows of 128 elements a warp, for each of its stages; what copies the tiles to
+    # come, their scales and barriers are in it as well. Both kinds of scales count, and one runs.
+    for tokens, stages, most in ((1, 4, 3.8), (2, 4, 4.0), (4, 3, 6.8)):
+        for kernel in code_of("quantized_matmul_sm80", f"ELi{tokens}E"):
+            # The third size keeps its two chunks in a loop.
+            chunks = 2 if tokens < 4 else 1
+            products = stages * chunks * 4 * tokens
+            loop = kernel.loop_with("HMMA", products)
+            assert matches(loop, "HMMA") == products
+            assert matches(loop, r"LDS\.128") == products / 2
+            # 8 bytes of two rows a chunk, each looked up once; beside it little but nested scales.
+            assert 0 <= matches(loop, r"LDS$") - stages * chunks * 16 <= 8 * stages
+            elements = stages * chunks * 16 * 64
+            assert sum(loop.values()) * 32 / elements <= most
+
+
+def test_matmul_copies_16_bytes_asynchronously(code_of) -> None:
+    for kernel in code_of("quantized_matmul_sm80", "quantized_matmul_sm80_kernel"):
+        assert kernel.count(r"LDGSTS\S*\.128") == kernel.count("LDGSTS") >= 9
+
+
+@pytest.mark.slow
+def test_the_runner_of_the_gpu_tests_builds() -> None:
+    """tests/gpu/test_cuda_instructions.py compiles it for the GPU at hand; here for any."""
+    assert build_for_gpu("80").exists()
+
+
+def test_ptxas_report_is_read() -> None:
+    report = (
+        "ptxas info    : Compiling entry function 'good' for 'sm_80'\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 40 registers, used 1 barriers\n"
+        "ptxas info    : Compiling entry function 'bad' for 'sm_80'\n"
+        "    8 bytes stack frame, 8 bytes spill stores, 24 bytes spill loads\n"
+        "ptxas info    : Used 128 registers\n"
+    )
+    assert usages(report) == [Usage("good", 40, False), Usage("bad", 128, True)]

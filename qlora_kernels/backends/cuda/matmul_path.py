@@ -1,0 +1,83 @@
+"""How the CUDA matmuls go about a problem: the fused kernel, or Ŵ in scratch and cuBLAS.
+
+Pure functions of sizes, dtype and device facts, tested without a GPU. The numbers follow from
+arithmetic on compiled code; none of them has been timed on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from qlora_kernels.backends.registry import Problem
+
+Path = Literal["fused", "dense"]
+
+# Ŵ is decoded once for every 32 tokens of the fused kernel (qlk/cuda/launch.h); with more than two
+# such tiles, decoding it once to scratch and a plain GEMM cost less.
+FUSED_TOKENS = 64
+FUSED_DTYPES = (torch.float16, torch.bfloat16)
+_TILE_N = 128
+# A block's part of K is at least this long: filling its pipeline and its table takes about as long.
+_LEAST_SPLIT_K = 512
+_BLOCKS_PER_SM = 2
+_MOST_SPLITS = 16
+
+
+class MatmulSizes(NamedTuple):
+    """What the choice depends on: a product of M tokens with a weight [N,K]."""
+
+    tokens: int
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    block_size: int
+    batch_invariant: bool = False
+
+
+def why_not_fused(sizes: MatmulSizes) -> str | None:
+    """Why the fused kernel cannot take a problem at all, or None."""
+    if sizes.dtype not in FUSED_DTYPES:
+        return f"dtype must be float16 or bfloat16, got {str(sizes.dtype).removeprefix('torch.')}"
+    if sizes.in_features % 64 or sizes.in_features == 0:
+        return f"in_features must be a multiple of 64, got {sizes.in_features}"
+    if sizes.block_size < 64:
+        return f"block_size must be at least 64, got {sizes.block_size}"
+    return None
+
+
+def choose_path(sizes: MatmulSizes) -> Path:
+    """ "fused": weights decoded in the product. "dense": Ŵ decoded to scratch, then cuBLAS."""
+    if why_not_fused(sizes):
+        return "dense"
+    return "fused" if sizes.batch_invariant or sizes.tokens <= FUSED_TOKENS else "dense"
+
+
+def choose_splits(out_features: int, in_features: int, sm_count: int) -> int:
+    """Blocks of the fused kernel that share an output tile. Does not look at M: a token's bits may
+    not depend on how many others there are."""
+    row_tiles = -(-out_features // _TILE_N)
+    wanted = _BLOCKS_PER_SM * sm_count // max(row_tiles, 1)
+    return max(1, min(wanted, in_features // _LEAST_SPLIT_K, _MOST_SPLITS))
+
+
+def matmul_rejects(problem: Problem) -> str | None:
+    """Why the CUDA matmuls cannot run a problem: batch invariance needs the fused kernel."""
+    if problem.device_type != "cuda":
+        return f"device must be cuda, got {problem.device_type}"
+    if problem.dtype not in (*FUSED_DTYPES, torch.float32):
+        got = str(problem.dtype).removeprefix("torch.")
+        return f"dtype must be one of float32, float16, bfloat16, got {got}"
+    if not problem.batch_invariant:
+        return None
+    sizes = MatmulSizes(
+        problem.tokens,
+        problem.out_features,
+        problem.in_features,
+        problem.dtype,
+        problem.block_size,
+        True,
+    )
+    reason = why_not_fused(sizes)
+    return reason and f"batch_invariant: {reason}"

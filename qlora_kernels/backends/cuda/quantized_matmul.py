@@ -1,0 +1,99 @@
+"""quantized_matmul and its grad_x in CUDA: csrc/kernels/quantized_matmul_sm80.cu, or dequantize and
+cuBLAS."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from qlora_kernels.backends.cuda.common import (
+    contiguous,
+    current_stream,
+    register_cuda_kernel,
+    weight_arguments,
+)
+from qlora_kernels.backends.cuda.dequantize import dequantize_cuda
+from qlora_kernels.backends.cuda.matmul_path import (
+    MatmulSizes,
+    choose_path,
+    choose_splits,
+    matmul_rejects,
+)
+from qlora_kernels.backends.cuda.scratch import dense_scratch, tickets
+from qlora_kernels.backends.device import device_facts
+from qlora_kernels.formats.quantized_weight import WeightOperands
+
+
+@register_cuda_kernel("quantized_matmul", rejects=matmul_rejects)
+def quantized_matmul_cuda(
+    x: torch.Tensor,
+    operands: WeightOperands,
+    bias: torch.Tensor | None = None,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """x [M,K] times Ŵᵀ plus bias [N]; see `reference.quantized_matmul_reference`."""
+    if choose_path(sizes_of(x, operands, batch_invariant)) == "fused":
+        return fused_matmul(x, operands, bias)
+    rows, cols = operands.shape
+    weight = dequantize_cuda(operands, (rows, cols), x.dtype, dense_scratch(rows, cols, x))
+    return F.linear(x.detach(), weight, None if bias is None else bias.detach().to(x.dtype))
+
+
+@register_cuda_kernel("quantized_matmul_backward_input", rejects=matmul_rejects)
+def quantized_matmul_backward_input_cuda(
+    grad_y: torch.Tensor, operands: WeightOperands
+) -> torch.Tensor:
+    """grad_y [M,N] times Ŵ; see `reference.quantized_matmul_backward_input_reference`."""
+    rows, cols = operands.shape
+    scratch = dense_scratch(rows, cols, grad_y)
+    return grad_y.detach() @ dequantize_cuda(operands, (rows, cols), grad_y.dtype, scratch)
+
+
+def sizes_of(x: torch.Tensor, operands: WeightOperands, batch_invariant: bool) -> MatmulSizes:
+    """The sizes of a product with x [M,K]."""
+    rows, cols = operands.shape
+    return MatmulSizes(len(x), rows, cols, x.dtype, operands.block_size, batch_invariant)
+
+
+def at_vector(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, contiguous and at a 16-byte boundary, which is a copy only for odd views."""
+    tensor = contiguous(tensor.detach())
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def fused_matmul(
+    x: torch.Tensor,
+    operands: WeightOperands,
+    bias: torch.Tensor | None,
+    xa: torch.Tensor | None = None,
+    lora_b: torch.Tensor | None = None,
+    scaling: float = 0.0,
+) -> torch.Tensor:
+    """y [M,N] = x Ŵᵀ + scaling·xa lora_bᵀ + bias in one launch; xa [M,R] of x's dtype."""
+    tokens, (rows, cols) = len(x), operands.shape
+    y = x.new_empty(tokens, rows)
+    if tokens * rows == 0:
+        return y
+    splits = choose_splits(rows, cols, device_facts(x.device).sm_count)
+    ops = torch.ops.qlora_kernels_cuda
+    partials = counters = None
+    if splits > 1:
+        partials = x.new_empty(
+            ops.fused_matmul_partials.default(tokens, rows, splits), dtype=torch.float32
+        )
+        counters = tickets(ops.fused_matmul_tiles.default(tokens, rows), x)
+    operands = operands._replace(codes=at_vector(operands.codes))
+    ops.fused_matmul.default(
+        at_vector(x),
+        *weight_arguments(operands, rows, cols),
+        None if bias is None else contiguous(bias.detach()),
+        xa,
+        None if lora_b is None else contiguous(lora_b.detach()),
+        scaling,
+        y,
+        splits,
+        partials,
+        counters,
+        current_stream(x),
+    )
+    return y

@@ -1,0 +1,245 @@
+"""Every Triton kernel in the configurations it really runs in, on meta tensors, with what its
+machine code must look like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from qlora_kernels.backends.device import A100, B200, H200, DeviceFacts
+from qlora_kernels.backends.launch_config import MatmulSizes, backward_config, forward_config
+from qlora_kernels.backends.triton.dequantize import dequantize_launch
+from qlora_kernels.backends.triton.double_quantize import double_quantize_launches
+from qlora_kernels.backends.triton.dropout import dropout_launch
+from qlora_kernels.backends.triton.launch import Launch
+from qlora_kernels.backends.triton.low_rank import (
+    down_gradient_launches,
+    down_launches,
+    reduce_launch,
+    up_gradient_launches,
+)
+from qlora_kernels.backends.triton.quantize import quantize_launch
+from qlora_kernels.backends.triton.quantized_matmul import (
+    Down,
+    Up,
+    backward_launch,
+    forward_launches,
+    one_token_launch,
+)
+from qlora_kernels.formats.quantized_weight import WeightOperands
+
+FACTS: dict[int, DeviceFacts] = {facts.capability: facts for facts in (A100, H200, B200)}
+# A layer of a 7B model.
+N, K, R = 4096, 4096, 16
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch and what is asked of its code.
+
+    Attributes:
+        elements: of the large operand, that the hot loop (or the kernel) works on.
+        budget: machine instructions per element, a thread's, by compute capability. Stated
+            somewhat above what was compiled, so that a lost vector load or a spilled loop shows.
+        narrow_loads: how many loads a thread makes of less than 16 bytes in the hot loop, for
+            scales and tables; None: not asked.
+        narrow_stores: the same of stores, over the whole kernel.
+        tensor_cores: whether the hot loop multiplies on them.
+        overlaps: whether it is a decoding loop that must not wait for its product on sm_90.
+    """
+
+    name: str
+    launch: Launch
+    elements: int
+    budget: dict[int, float]
+    narrow_loads: int | None = 0
+    narrow_stores: int | None = None
+    tensor_cores: bool = False
+    overlaps: bool = False
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor without data."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def meta_weight(
+    rows: int, cols: int, block_size: int = 64, double_quant: bool = True
+) -> WeightOperands:
+    """A weight without data."""
+    blocks = -(-rows * cols // block_size)
+    codes = meta((rows * cols + 1) // 2, dtype=torch.uint8)
+    rest = (meta(16), meta(256) if double_quant else None, (rows, cols), block_size, 256)
+    if not double_quant:
+        return WeightOperands(codes, meta(blocks), None, None, None, *rest)
+    nested = (meta(blocks, dtype=torch.uint8), meta(-(-blocks // 256)), meta(1))
+    return WeightOperands(codes, None, *nested, *rest)
+
+
+def cases(capability: int) -> Iterator[Case]:
+    """All cases for a GPU of that compute capability."""
+    yield from codec_cases()
+    yield from matmul_cases(capability)
+    yield from low_rank_cases()
+
+
+def everywhere(budget: float) -> dict[int, float]:
+    """The same budget for every capability."""
+    return dict.fromkeys(FACTS, budget)
+
+
+def codec_cases() -> Iterator[Case]:
+    """Codecs and dropout. Dequantize loads 4 bytes of codes a lane, a whole line per warp, because
+    eight codes make one 16-byte store; 17.7 instructions per element are what an H200 can issue
+    while its memory streams."""
+    for double_quant in (False, True):
+        weight = meta_weight(N, K, 64, double_quant)
+        store = "nested" if double_quant else "absmax"
+        for dtype, budget in ((BF16, 14.5), (torch.float32, 20.0)):
+            flat = meta(1, N * K, dtype=dtype)
+            yield Case(
+                f"dequantize-{store}-{dtype}",
+                dequantize_launch(weight, flat),
+                4096,
+                everywhere(budget),
+                narrow_loads=None,
+                narrow_stores=0,
+            )
+    pitched = meta(N, K + 16, dtype=BF16)[:, :K]
+    launch = dequantize_launch(meta_weight(N, K), pitched)
+    yield Case("dequantize-pitch", launch, 4096, everywhere(14.5), None, 0)
+    ragged = meta(33, 1001, dtype=BF16)
+    launch = dequantize_launch(meta_weight(33, 1001), ragged[:, :1000])
+    yield Case("dequantize-ragged", launch, 1024, everywhere(90.0), None)
+
+    for dtype, budget in ((BF16, 42.0), (torch.float32, 50.0)):
+        for scales, boundaries in ((None, torch.float32), (meta(N * K // 64), torch.float64)):
+            launch = quantize_launch(
+                meta(N, K, dtype=dtype),
+                meta(15, dtype=boundaries),
+                meta(16, dtype=torch.uint8),
+                7,
+                64,
+                scales,
+                meta(N * K // 2, dtype=torch.uint8),
+                meta(N * K // 64),
+            )
+            name = f"quantize-{dtype}" + ("" if scales is None else "-decoded")
+            # The tables; a scale and twice as wide boundaries; one absmax is stored.
+            narrow = 3 if scales is None else 12
+            yield Case(name, launch, 4096, everywhere(budget), narrow, 1)
+    blocks = N * K // 64
+    total, offset, encode = double_quantize_launches(
+        meta(blocks),
+        meta(256),
+        256,
+        meta(blocks, dtype=torch.uint8),
+        meta(blocks // 256),
+        meta(1),
+    )
+    # Per scale, of which there is one for 64 weights.
+    yield Case("double_quantize-sum", total, 512, everywhere(240.0), None)
+    yield Case("double_quantize-offset", offset, 1024, everywhere(90.0))
+    yield Case("double_quantize-encode", encode, 256, everywhere(120.0), None)
+    seed = meta(1, dtype=torch.int64)
+    x = meta(N, K, dtype=BF16)
+    yield Case("dropout", dropout_launch(x, 0.1, seed, x), 1024, everywhere(34.0), None, 0)
+
+
+def matmul_cases(capability: int) -> Iterator[Case]:
+    """Products with Ŵ for the tiles that `launch_config` picks."""
+    facts = FACTS[capability]
+    for double_quant in (False, True):
+        weight = meta_weight(N, K, 64, double_quant)
+        store = "nested" if double_quant else "absmax"
+        # A scale; or its code and its second-level scale.
+        narrow = 2 if double_quant else 1
+        x, y = meta(1, K, dtype=BF16), meta(1, N, dtype=BF16)
+        up = Up(meta(N, R), meta(1, R, dtype=BF16), 1.0)
+        launch = one_token_launch(x, weight, meta(N), up, y)
+        yield Case(f"one-token-{store}", launch, 16 * 1024, everywhere(8.8), narrow * 4)
+        for tokens in (16, 64, 512):
+            x, y = meta(tokens, K, dtype=BF16), meta(tokens, N, dtype=BF16)
+            sizes = MatmulSizes(tokens, N, K, BF16, 64)
+            config = forward_config(sizes, facts)
+            up = Up(meta(N, R), meta(tokens, R, dtype=BF16), 1.0)
+            yield Case(
+                f"forward-M{tokens}-{store}",
+                forward_launches(x, weight, meta(N), up, y, config)[0],
+                config.tile_n * config.tile_k,
+                {80: 22.0, 90: 12.5, 100: 12.0},
+                narrow + (double_quant and config.num_warps == 8),
+                tensor_cores=True,
+                overlaps=True,
+            )
+            config = backward_config(sizes, facts)
+            seed = meta(1, dtype=torch.int64)
+            down = Down(meta(R, K), meta(tokens, R, dtype=BF16), 0.1, seed)
+            yield Case(
+                f"backward-M{tokens}-{store}",
+                backward_launch(y, weight, down, x, config),
+                config.tile_n * config.tile_k,
+                {80: 22.0, 90: 15.5, 100: 15.0},
+                narrow,
+                tensor_cores=True,
+                overlaps=True,
+            )
+
+
+def low_rank_cases() -> Iterator[Case]:
+    """The adapter's products, whose large operand is x or grad_y, at 2 bytes an element."""
+    seed = meta(1, dtype=torch.int64)
+    for tokens, suffix in ((16, "-M16"), (8192, "")):
+        x, xa = meta(tokens, K, dtype=BF16), meta(tokens, R, dtype=BF16)
+        for dropout_p in (0.0, 0.1):
+            drops = "-dropout" if dropout_p else ""
+            replay = seed if dropout_p else None
+            launch = down_launches(x, meta(R, K), dropout_p, replay, xa)[0]
+            elements = launch.arguments["TILE_M"] * launch.arguments["TILE_K"]
+            budget = (34.0 if dropout_p else 4.0) + (6.0 if tokens == 16 else 0.0)
+            name = f"down{suffix}{drops}"
+            # With dropout x is loaded in fours, one Philox counter each.
+            narrow = None if dropout_p else 0
+            yield Case(name, launch, elements, everywhere(budget), narrow, tensor_cores=True)
+            if tokens == 16:
+                continue
+            launch = down_gradient_launches(x, xa, dropout_p, replay, meta(R, K))[0]
+            elements = launch.arguments["TILE_M"] * launch.arguments["TILE_K"]
+            budget = 36.0 if dropout_p else 7.0
+            name = f"down-gradient{drops}"
+            yield Case(name, launch, elements, everywhere(budget), narrow, tensor_cores=True)
+    grad_y = meta(8192, N, dtype=BF16)
+    launch = up_gradient_launches(grad_y, xa, meta(N, R), 1.0, xa, meta(N, R))[0]
+    elements = launch.arguments["TILE_M"] * launch.arguments["TILE_N"]
+    yield Case("up-gradients", launch, elements, everywhere(6.5), tensor_cores=True)
+    launch = reduce_launch(meta(4, 8192, R), xa)
+    # The hot loop adds one partial.
+    yield Case("reduce", launch, 1024, everywhere(12.0))
+
+
+def launches_of_one() -> list[Launch]:
+    """Launches whose sizes are 1 wherever they can be: Triton makes constants of such arguments,
+    which are then no tensors in the kernel."""
+    seed, one = meta(1, dtype=torch.int64), meta(1, 1, dtype=BF16)
+    byte = meta(1, dtype=torch.uint8)
+    weight, column = meta_weight(1, 1, 32), meta_weight(2, 1, 32)
+    thin = meta_weight(1, 32, 32)
+    x = meta(1, 32, dtype=BF16)
+    up, down = Up(one, one, 1.0), Down(meta(1, 32), one, 0.5, seed)
+    config = forward_config(MatmulSizes(1, 1, 32, BF16, 32), H200)
+    return [
+        quantize_launch(one, meta(1), meta(2, dtype=torch.uint8), 0, 32, None, byte, meta(1)),
+        *double_quantize_launches(meta(1), meta(256), 256, byte, meta(1), meta(1)),
+        dequantize_launch(weight, one),
+        dequantize_launch(column, meta(2, 2, dtype=BF16)[:, :1]),
+        dropout_launch(one, 0.5, seed, one),
+        one_token_launch(x, thin, meta(1), up, one),
+        *forward_launches(x, thin, meta(1), up, one, config),
+        backward_launch(one, thin, down, x, config),
+        *down_launches(one, one, 0.5, seed, one),
+        *up_gradient_launches(one, one, one, 1.0, one, one),
+        *down_gradient_launches(one, one, 0.5, seed, one),
+    ]

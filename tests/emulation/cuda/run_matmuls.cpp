@@ -1,0 +1,70 @@
+// The matmuls' launchers for the runner.
+#include "problem.h"
+#include "qlk/cuda/launch.h"
+#include "qlk/dropout.h"
+
+namespace qlk::testing {
+namespace {
+
+int run_fused_matmul(const Problem& p) {
+  cuda::FusedMatmulParams q;
+  q.weight.codes = p.pointer<uint8_t>("codes");
+  q.weight.codebook = p.pointer<float>("codebook");
+  q.weight.scales.absmax = p.pointer<float>("absmax");
+  q.weight.scales.scale_codes = p.pointer<uint8_t>("scale_codes");
+  q.weight.scales.scale_absmax = p.pointer<float>("scale_absmax");
+  q.weight.scales.scale_offset = p.pointer<float>("scale_offset");
+  q.weight.scales.scale_codebook = p.pointer<float>("scale_codebook");
+  q.weight.scales.scale_block_size = p.integer("scale_block_size");
+  q.weight.rows = p.integer("rows");
+  q.weight.cols = p.integer("cols");
+  q.weight.block_size = p.integer("block_size");
+  q.x = p.pointer<void>("x");
+  q.y = p.pointer<void>("y");
+  q.dtype = static_cast<DType>(p.integer("dtype"));
+  q.tokens = p.integer("tokens");
+  q.bias = p.pointer<void>("bias");
+  q.bias_dtype = static_cast<DType>(p.integer("bias_dtype"));
+  q.xa = p.pointer<void>("xa");
+  q.lora_b = p.pointer<void>("lora_b");
+  q.lora_b_dtype = static_cast<DType>(p.integer("lora_b_dtype"));
+  q.rank = p.integer("rank");
+  q.scaling = static_cast<float>(p.real("scaling"));
+  q.splits = static_cast<int>(p.integer("splits"));
+  q.partials = p.pointer<float>("partials");
+  q.tickets = p.pointer<uint32_t>("tickets");
+  return cuda::launch_fused_matmul(q, nullptr);
+}
+
+int run_down_projection(const Problem& p) {
+  cuda::DownProjectionParams q;
+  q.x = p.pointer<void>("x");
+  q.dtype = static_cast<DType>(p.integer("dtype"));
+  q.adapter = p.pointer<void>("adapter");
+  q.adapter_dtype = static_cast<DType>(p.integer("adapter_dtype"));
+  q.tokens = p.integer("tokens");
+  q.cols = p.integer("cols");
+  q.rank = p.integer("rank");
+  q.result = p.pointer<void>("result");
+  return cuda::launch_down_projection(q, nullptr);
+}
+
+int run_dropout(const Problem& p) {
+  const DropoutMask mask = dropout_mask(p.real("dropout_p"), 0);
+  cuda::DropoutParams q;
+  q.x = p.pointer<char>("x") + p.integer("x_shift");
+  q.out = p.pointer<void>("out");
+  q.dtype = static_cast<DType>(p.integer("dtype"));
+  q.numel = p.integer("numel");
+  q.seed = p.pointer<int64_t>("seed");
+  q.threshold = mask.threshold;
+  q.keep_scale = mask.keep_scale;
+  return cuda::launch_dropout(q, nullptr);
+}
+
+const Registration dropout("dropout", run_dropout);
+const Registration fused_matmul("fused_matmul", run_fused_matmul);
+const Registration down_projection("down_projection", run_down_projection);
+
+}  // namespace
+}  // namespace qlk::testing

@@ -1,0 +1,210 @@
+"""The emulated tests can fail: each fault put into a copy of csrc turns a named check red, in the
+mode that is there to see it. The same checks pass on the kernels as they are (test_codecs.py,
+test_matmuls.py)."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests import cuda_codec_checks, cuda_matmuls
+from tests.emulation.cuda.runner import ROOT, KernelStopped, build_emulated, start, why_no_emulation
+
+CHECKS = {**cuda_codec_checks.CHECKS, **cuda_matmuls.CHECKS}
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One wrong kernel.
+
+    Attributes:
+        what: the fault, as the test's name.
+        source: the changed file, relative to csrc.
+        changes: (old, new) texts; each old one occurs exactly once.
+        check: the check that must fail.
+        mode: where; in "races" it must be TSAN that complains.
+    """
+
+    what: str
+    source: str
+    changes: tuple[tuple[str, str], ...]
+    check: str
+    mode: str = "plain"
+
+
+MATMUL = "kernels/quantized_matmul_sm80.cu"
+LOOP_BARRIER = "        __syncthreads();\n        constexpr int kAhead"
+
+MUTATIONS = (
+    Mutation(
+        "quantize_swaps_nibbles",
+        "kernels/quantize.cu",
+        (("code << (4 * (i ^ 1))", "code << (4 * i)"),),
+        "quantize_tables",
+    ),
+    Mutation(
+        "quantize_sends_ties_up",
+        "kernels/quantize.cu",
+        (("n > boundary ? 4 : 0", "n >= boundary ? 4 : 0"),),
+        "quantize_tables",
+    ),
+    Mutation(
+        "quantize_pads_with_the_code_of_zero_weights",
+        "kernels/quantize.cu",
+        (("if (count % 2) {", "if (count < 0) {"),),
+        "quantize_tables",
+    ),
+    Mutation(
+        "quantize_reads_past_the_end",
+        "kernels/quantize.cu",
+        (("if (vector && first + kVector <= p.numel)", "if (vector && first < p.numel)"),),
+        "quantize_sizes",
+        "memory",
+    ),
+    Mutation(
+        "quantize_encodes_before_the_table_is_there",
+        "kernels/quantize.cu",
+        (("  __syncthreads();\n  const Encoder", "  const Encoder"),),
+        "quantize_block_sizes",
+        "races",
+    ),
+    Mutation(
+        "double_quantize_forgets_what_is_below",
+        "kernels/double_quantize.cu",
+        (("sticky = rest != 0", "sticky = false"),),
+        "double_quantize_sums_exactly",
+    ),
+    Mutation(
+        "double_quantize_reuses_the_warps_maxima_too_early",
+        "kernels/double_quantize.cu",
+        (("  __syncthreads();\n  return value;", "  return value;"),),
+        "double_quantize",
+        "races",
+    ),
+    Mutation(
+        "dequantize_swaps_nibbles",
+        "kernels/dequantize.cu",
+        (("words[u] >> (4 * (i ^ 1))", "words[u] >> (4 * i)"),),
+        "dequantize_every_byte",
+    ),
+    Mutation(
+        "dequantize_takes_the_neighbours_scale",
+        "kernels/dequantize.cu",
+        (("first >> m.block_shift,", "(first >> m.block_shift) / 2 * 2,"),),
+        "dequantize_layouts",
+    ),
+    Mutation(
+        "dequantize_fuses_the_scale_decode",
+        "include/qlk/cuda/scales.cuh",
+        (
+            (
+                "__fadd_rn(__fmul_rn(map[view.scale_codes[block]], group_absmax(block)), offset)",
+                "__fmaf_rn(map[view.scale_codes[block]], group_absmax(block), offset)",
+            ),
+        ),
+        "dequantize_scales",
+    ),
+    Mutation(
+        "dequantize_overwrites_tables_in_use",
+        "kernels/dequantize.cu",
+        (("      __syncthreads();  // Everyone is done with the last weight's tables.\n", ""),),
+        "dequantize_many_at_once",
+        "races",
+    ),
+    Mutation(
+        "matmul_swaps_nibbles",
+        MATMUL,
+        (("threadIdx.x >> 4]", "threadIdx.x & 0xf]"), ("threadIdx.x & 15]", "threadIdx.x >> 4]")),
+        "every_place",
+    ),
+    Mutation(
+        "matmul_takes_the_scale_of_the_first_chunk",
+        MATMUL,
+        (("? lane % 4 / 2 * kChunk : launch.cols", "? 0 : launch.cols"),),
+        "every_place",
+    ),
+    Mutation(
+        "matmul_does_not_wait",
+        MATMUL,
+        (("        ptx::wait_copies<kStages - 2>();\n", ""),),
+        "shapes",
+    ),
+    Mutation(
+        "matmul_waits_for_a_group_too_few",
+        MATMUL,
+        (("wait_copies<kStages - 2>", "wait_copies<kStages - 1>"),),
+        "shapes",
+    ),
+    Mutation(
+        "matmul_has_no_barrier",
+        MATMUL,
+        ((LOOP_BARRIER, "        constexpr int kAhead"),),
+        "shapes",
+        "races",
+    ),
+    Mutation(
+        "matmul_refills_before_the_barrier",
+        MATMUL,
+        (
+            (LOOP_BARRIER, "        constexpr int kAhead"),
+            (
+                "        ptx::commit_copies();\n        float scale",
+                "        ptx::commit_copies();\n        __syncthreads();\n        float scale",
+            ),
+        ),
+        "splits",
+        "races",
+    ),
+    Mutation(
+        "matmul_leaves_its_tickets",
+        MATMUL,
+        (("if (threadIdx.x == 0) p.tickets[tile_index] = 0;", ""),),
+        "splits",
+    ),
+    Mutation(
+        "matmul_forgets_the_first_split",
+        MATMUL,
+        (("for (int split = 1; split < p.splits", "for (int split = 2; split < p.splits"),),
+        "splits",
+    ),
+    Mutation(
+        "down_projection_sums_before_all_are_there",
+        "kernels/low_rank.cu",
+        (("  __syncthreads();\n", ""),),
+        "batch_invariance",
+        "races",
+    ),
+    Mutation(
+        "dropout_scales_what_it_drops",
+        "kernels/dropout.cu",
+        (("words[i] >= p.threshold", "words[i] > p.threshold / 2"),),
+        "dropout",
+    ),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
+def test_a_wrong_kernel_turns_a_check_red(mutation: Mutation, tmp_path: Path) -> None:
+    reason = why_no_emulation()
+    if reason:
+        pytest.skip(reason)
+    csrc = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("*.cpp"))
+    changed = csrc / mutation.source
+    text = changed.read_text()
+    for old, new in mutation.changes:
+        assert text.count(old) == 1, f"{mutation.source} has {old!r} {text.count(old)} times"
+        text = text.replace(old, new)
+    changed.write_text(text)
+    runner = start(mutation.mode, build_emulated(mutation.mode, csrc))
+    with pytest.raises(AssertionError) as caught:
+        for seed in range(1, 4):
+            CHECKS[mutation.check](runner, seed)
+    if mutation.mode != "plain":
+        assert isinstance(caught.value, KernelStopped), caught.value
+        tool = "ThreadSanitizer" if mutation.mode == "races" else "AddressSanitizer"
+        assert tool in str(caught.value)
