@@ -141,6 +141,31 @@ class QuantizedWeight:
             parts[name] = tensor.reshape(-1)
         return cls(shape=shape, dtype=dtype, format=fmt, **parts)  # type: ignore[arg-type]
 
+    @classmethod
+    def empty(
+        cls,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        format: str | Format = "nf4",
+        device: torch.device | str = "meta",
+    ) -> QuantizedWeight:
+        """A weight whose tensors have the right sizes and no values: something to load into."""
+        fmt, numel = get_format(format), _numel(tuple(shape))
+        blocks = n_blocks(numel, fmt.block_size)
+        sizes: dict[str, tuple[int, torch.dtype]] = {"absmax": (blocks, torch.float32)}
+        if fmt.double_quant:
+            sizes = {
+                "scale_codes": (blocks, torch.uint8),
+                "scale_absmax": (n_blocks(blocks, fmt.scale_block_size), torch.float32),
+                "scale_offset": (1, torch.float32),
+            }
+        sizes["codes"] = (packed_size(numel), torch.uint8)
+        tensors: dict[str, Any] = {
+            name: torch.empty(size, dtype=kind, device=device)
+            for name, (size, kind) in sizes.items()
+        }
+        return cls(shape=tuple(shape), dtype=dtype, format=fmt, **tensors)
+
     @property
     def device(self) -> torch.device:
         """Device of the tensors."""

@@ -4,15 +4,21 @@ from qlora_kernels.nn.adapter import LoRAAdapter, lora_parameters
 from qlora_kernels.nn.adapter_files import load_adapter, save_adapter
 from qlora_kernels.nn.lora_linear import LoRALinear
 from qlora_kernels.nn.qlora_linear import QLoRALinear
+from qlora_kernels.nn.quantized_embedding import QuantizedEmbedding
+from qlora_kernels.nn.quantized_experts import QuantizedExperts
 from qlora_kernels.nn.quantized_linear import QuantizedLinear
 from qlora_kernels.nn.replace import ReplaceReport, replace_linear
+from qlora_kernels.nn.stored_weight import StoredWeight
 
 __all__ = [
     "LoRAAdapter",
     "LoRALinear",
     "QLoRALinear",
+    "QuantizedEmbedding",
+    "QuantizedExperts",
     "QuantizedLinear",
     "ReplaceReport",
+    "StoredWeight",
     "load_adapter",
     "lora_parameters",
     "replace_linear",

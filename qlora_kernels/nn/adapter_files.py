@@ -184,6 +184,23 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
         set_module(model, name, layer)
 
 
+def read_adapter(path: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+    """Module name -> A [R, K], B [N, R] and scaling of an adapter in PEFT's layout.
+
+    Raises:
+        CheckpointError: as `load_adapter`, of what the files alone can tell.
+    """
+    folder = Path(path)
+    config = _read_config(folder / CONFIG_NAME)
+    found = {}
+    for name, pair in _read_weights(folder / WEIGHTS_NAME).items():
+        a, b = pair["lora_a"], pair["lora_b"]
+        sizes = nn.Linear(a.shape[-1], b.shape[0], bias=False, device="meta")
+        shape = _shape_of(folder, config, name, sizes, pair).plain()
+        found[name] = (a, b, shape.alpha / shape.rank)
+    return found
+
+
 def _with_adapter(module: nn.Linear, shape: _Shape, dropout: float) -> LoRAAdapter:
     """`module` with an adapter of that shape, values yet to come: itself if it has one."""
     if isinstance(module, LoRAAdapter):

@@ -1,0 +1,194 @@
+"""transformers' checkpoint folders, read tensor by tensor: dense, this library's, bitsandbytes'."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from qlora_kernels.errors import CheckpointError, argument_error
+from qlora_kernels.formats.bitsandbytes import from_state_dict
+from qlora_kernels.formats.format import Format
+from qlora_kernels.formats.quantized_weight import QuantizedWeight
+from qlora_kernels.integrations.loading import is_transposed
+from qlora_kernels.nn import QuantizedEmbedding, QuantizedExperts, StoredWeight
+
+KINDS = ("dense", "qlora_kernels", "bitsandbytes")
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer whose weight is, or is to be, quantized.
+
+    Attributes:
+        shape: (N, K).
+        transposed: a dense checkpoint has it as [K, N].
+        is_embedding: its weight is a table.
+    """
+
+    shape: tuple[int, ...]
+    transposed: bool
+    is_embedding: bool
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint folder.
+
+    Attributes:
+        folder: where.
+        config: config.json.
+        files: tensor name -> file that holds it.
+        kind: one of `KINDS`.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    files: dict[str, Path]
+    kind: str
+    _open: dict[Path, Any] = field(default_factory=dict)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, read from its file.
+
+        Raises:
+            CheckpointError: the file is truncated or holds no such tensor.
+        """
+        path = self.files[name]
+        try:
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt")
+            tensor: torch.Tensor = self._open[path].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"convert: {path} cannot be read: {error}") from error
+        return tensor
+
+    def shape(self, name: str) -> tuple[tuple[int, ...], int]:
+        """Shape of a tensor, and bytes of an element, without its values."""
+        if self.files[name] not in self._open:
+            self.tensor(name)
+        part = self._open[self.files[name]].get_slice(name)
+        bits = {"BF16": 16, "BOOL": 8}.get(part.get_dtype(), 0)
+        return tuple(part.get_shape()), (bits or int(part.get_dtype()[1:])) // 8
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint in a folder.
+
+    Raises:
+        CheckpointError: no config.json or safetensors there, or of a quantization method that is
+            neither ours nor bitsandbytes' 4-bit.
+    """
+    folder = Path(path)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"convert: {folder / CONFIG} cannot be read: {error}") from error
+    files: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                files.update(dict.fromkeys(opened.keys(), file))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"convert: {file} cannot be read: {error}") from error
+    if not files:
+        raise CheckpointError(f"convert: {folder} holds no *.safetensors file")
+    stored = config.get("quantization_config")
+    kind = "dense" if stored is None else stored.get("quant_method")
+    if kind not in KINDS or (kind == "bitsandbytes" and not stored.get("load_in_4bit")):
+        raise CheckpointError(f"convert: {folder} is quantized by {kind!r}, which is not read here")
+    return Checkpoint(folder, config, files, kind)
+
+
+def quantized_layers(checkpoint: Checkpoint, config: Any) -> tuple[dict[str, Layer], str]:
+    """The layers that a quantizer of this configuration makes of the model, by name, and the name
+    of the model's body, which a checkpoint of the body alone leaves out.
+
+    Raises:
+        ArgumentError: an architecture that transformers does not have, or a mixture of experts,
+            whose files are put together differently.
+    """
+    import transformers
+
+    from qlora_kernels.integrations.transformers import QLoRAKernelsQuantizer
+
+    name = (checkpoint.config.get("architectures") or [None])[0]
+    cls = getattr(transformers, name, None) if name else None
+    if cls is None:
+        raise argument_error("convert", "architectures", "a class of transformers", repr(name))
+    model_config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
+    if hasattr(model_config, "quantization_config"):
+        del model_config.quantization_config
+    with torch.device("meta"):
+        model: Any = cls(model_config)
+    stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if stored is not None:
+        model.to(getattr(torch, stored))
+    transposed = {n for n, module in model.named_modules() if is_transposed(module)}
+    quantizer = QLoRAKernelsQuantizer(config, pre_quantized=checkpoint.kind != "dense")
+    quantizer.preprocess_model(model, dtype=model.dtype)
+    found = {}
+    for layer_name, module in model.named_modules():
+        if isinstance(module, QuantizedExperts):
+            raise argument_error(
+                "convert", "SRC", "without mixtures of experts (use from_pretrained)", layer_name
+            )
+        if isinstance(module, StoredWeight):
+            found[layer_name] = Layer(
+                module.weight_shape,
+                layer_name in transposed,
+                isinstance(module, QuantizedEmbedding),
+            )
+    return found, model.base_model_prefix
+
+
+def groups(checkpoint: Checkpoint, layers: dict[str, Layer], prefix: str) -> Iterator[Any]:
+    """(name in the file, layer or None, tensor names) for each weight that is converted as one,
+    in the order of the layers' names."""
+    taken: dict[str, tuple[Layer | None, list[str]]] = {}
+    for name in checkpoint.files:
+        module, owner = name, None
+        while "." in module:
+            module = module.rpartition(".")[0]
+            layer = layers.get(module) or layers.get(f"{prefix}.{module}")
+            rest = name[len(module) + 1 :]
+            if layer is not None and rest.split(".")[0].split("_")[0] == "weight":
+                owner = layer
+                break
+        key = f"{module}.weight" if owner is not None else name
+        taken.setdefault(key, (owner, []))[1].append(name)
+    for key in sorted(taken):
+        yield key, *taken[key]
+
+
+def read_weight(
+    checkpoint: Checkpoint, key: str, layer: Layer, names: list[str], fmt: Format, dtype: Any
+) -> torch.Tensor | QuantizedWeight:
+    """A weight of a layer: [N, K] if the checkpoint is dense, else as it is stored."""
+    tensors = {name: checkpoint.tensor(name) for name in names}
+    if checkpoint.kind == "dense":
+        weight = tensors[key]
+        return weight.t().contiguous() if layer.transposed else weight
+    if checkpoint.kind == "bitsandbytes":
+        return from_state_dict(tensors, f"{key}.")
+    parts: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        part = name.removeprefix(key).removeprefix("_") or "codes"
+        parts[part] = tensor.view(torch.float32) if tensor.dtype == torch.int32 else tensor
+    codebook = parts.pop("codebook")
+    if not torch.equal(codebook.view(torch.int32), fmt.codebook.table().view(torch.int32)):
+        raise CheckpointError(f"convert: {key}_codebook is not the table of format {fmt.name!r}")
+    codes = parts.pop("codes")
+    return QuantizedWeight.from_parts(codes, shape=layer.shape, dtype=dtype, format=fmt, **parts)
+
+
+def natural_linear(weight: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """A dense weight as a dense checkpoint has it."""
+    return nn.Parameter(weight.t() if layer.transposed else weight, False).data.contiguous()

@@ -1,0 +1,148 @@
+"""`python -m qlora_kernels convert` and `plan`: their options, and what they run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from qlora_kernels.errors import ArgumentError, ArgumentTypeError, QLKError
+from qlora_kernels.formats import list_formats
+from qlora_kernels.integrations.optional import require
+
+SUMMARY = "convert a checkpoint between dense, this library's and bitsandbytes' files"
+DESCRIPTION = """
+Convert a folder that transformers' save_pretrained wrote: quantize it (or turn one kind of 4-bit
+files into the other, without touching a code), or make it dense, with an adapter merged if one is
+given. A file of the result is in memory at a time; nothing is visible under DST before all of it is
+there, and the same command goes on after an interruption.
+"""
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+PLAN_SUMMARY = "the memory of a fine-tuning run, before there is a run"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Every option of the command."""
+    parser.add_argument("source", metavar="SRC", help="a checkpoint folder")
+    parser.add_argument("destination", metavar="DST", help="the folder to make")
+    parser.add_argument(
+        "--to",
+        default="qlora_kernels",
+        choices=("qlora_kernels", "bitsandbytes", "dense"),
+        help="default: qlora_kernels",
+    )
+    parser.add_argument("--format", choices=list_formats(), help="for a dense SRC (default: nf4)")
+    parser.add_argument(
+        "--block-size", type=int, metavar="N", help="weights per scale (default: the format's)"
+    )
+    parser.add_argument(
+        "--double-quant",
+        action=argparse.BooleanOptionalAction,
+        help="quantize the scales too (default: the format's)",
+    )
+    parser.add_argument(
+        "--skip", nargs="+", default=[], metavar="NAME", help="modules that stay dense"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=sorted(DTYPES),
+        help="of a dense result (default: bfloat16)",
+    )
+    parser.add_argument(
+        "--adapter", metavar="FOLDER", help="a LoRA adapter to merge into a dense result"
+    )
+    parser.add_argument(
+        "--shard-size", type=float, default=2.0, metavar="GIB", help="of a file (default: 2)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Convert; 0, or 2 for bad arguments, 130 for Ctrl-C, 1 for any other failure."""
+    try:
+        require("transformers", "convert")
+        from qlora_kernels.integrations.convert import convert_checkpoint
+
+        path = convert_checkpoint(
+            arguments.source,
+            arguments.destination,
+            to=arguments.to,
+            format=arguments.format,
+            block_size=arguments.block_size,
+            double_quant=arguments.double_quant,
+            skip=arguments.skip,
+            dtype=DTYPES[arguments.dtype],
+            adapter=arguments.adapter,
+            shard_bytes=int(arguments.shard_size * 2**30),
+            progress=not arguments.quiet,
+        )
+    except KeyboardInterrupt:
+        return _fail("stopped; the same command goes on", 130)
+    except (ArgumentError, ArgumentTypeError) as error:
+        return _fail(str(error), 2)
+    except (QLKError, OSError, ImportError) as error:
+        return _fail(str(error), 1)
+    sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    return code
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """Every option of `plan`."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="llama-7b, -13b, -33b, -65b, llama-3-8b, -70b, or a folder or hub id with a config",
+    )
+    parser.add_argument("--batch", type=int, default=1, help="sequences a step (default: 1)")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens each (default: 512)")
+    parser.add_argument("--rank", type=int, default=64, help="of the adapters (default: 64)")
+    parser.add_argument("--format", default="nf4", choices=list_formats(), help="default: nf4")
+    parser.add_argument("--block-size", type=int, metavar="N", help="default: the format's")
+    parser.add_argument("--double-quant", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES))
+    parser.add_argument(
+        "--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="default: on"
+    )
+    parser.add_argument(
+        "--optim", default="adamw", choices=("adamw", "adamw-8bit", "sgd"), help="default: adamw"
+    )
+    parser.add_argument("--card", type=float, metavar="GIB", help="say whether it fits so much")
+
+
+def plan_main(arguments: argparse.Namespace) -> int:
+    """Print the plan; 0, 1 if it does not fit --card or cannot be made, 2 for bad arguments."""
+    try:
+        require("transformers", "plan")
+        from qlora_kernels.integrations.plan import config_of, plan_memory
+
+        plan = plan_memory(
+            config_of(arguments.model),
+            batch=arguments.batch,
+            seq_len=arguments.seq_len,
+            rank=arguments.rank,
+            format=arguments.format,
+            block_size=arguments.block_size,
+            double_quant=arguments.double_quant,
+            dtype=DTYPES[arguments.dtype],
+            checkpointing=arguments.checkpointing,
+            optimizer=arguments.optim,
+        )
+    except (ArgumentError, ArgumentTypeError) as error:
+        return _fail(str(error), 2)
+    except (QLKError, OSError, ImportError) as error:
+        return _fail(str(error), 1)
+    sys.stdout.write(f"{plan}\n")
+    if arguments.card is None:
+        return 0
+    fits = plan.total <= arguments.card * 2**30
+    sys.stdout.write(f"{'fits' if fits else 'does not fit'} {arguments.card:g} GiB\n")
+    return 0 if fits else 1

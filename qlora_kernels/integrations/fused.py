@@ -1,0 +1,299 @@
+"""Subclasses of other libraries' layers whose forward is this library's, where that is the same.
+
+A layer becomes one by a change of its class: nothing is copied, and what the fused path does not
+express is left to the layer's own forward. `reason_against` says what that is, for the forward and
+for the report alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_kernels.autograd import lora_linear
+from qlora_kernels.autograd.qlora_linear import qlora_linear_of
+from qlora_kernels.autograd.quantized_matmul import quantized_linear_of
+from qlora_kernels.formats.quantized_weight import WeightOperands
+from qlora_kernels.integrations.bitsandbytes import operands_of, quantized_weight_of
+from qlora_kernels.integrations.merging import KeptBytes, Requantizing
+from qlora_kernels.nn import QuantizedLinear
+from qlora_kernels.nn.dora import row_norms, scaled_rows
+from qlora_kernels.ops import dequantize
+
+
+class Fused:
+    """Mixin of every fused class; `stock` is the class it stands in for."""
+
+    stock: type[nn.Module]
+
+    def reason_against(self) -> str | None:
+        """Why the next call would go to the layer's own forward, or None."""
+        raise AssertionError("a fused class says when it applies")
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickles and deep-copies by the stock class's name: this class is made at run time."""
+        return _rebuild, (self.stock,), self.__dict__
+
+
+def _rebuild(stock: type[nn.Module]) -> nn.Module:
+    cls = fused_class(stock)
+    assert cls is not None
+    module: nn.Module = cls.__new__(cls)
+    return module
+
+
+_classes: dict[type, type[nn.Module]] = {}  # stock class -> fused class, one each
+
+
+def fused_class(stock: type[nn.Module]) -> type[nn.Module] | None:
+    """The fused subclass of a layer class, or None where there is none.
+
+    It keeps the name: PEFT and accelerate look for "Linear4bit".
+    """
+    if stock in _classes:
+        return _classes[stock]
+    mixin = _mixins().get(stock)
+    if mixin is None:
+        return None
+    attributes = {
+        "stock": stock,
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+    }
+    _classes[stock] = type(stock.__name__, (mixin, stock), attributes)
+    return _classes[stock]
+
+
+def _mixins() -> dict[type, type]:
+    """Layer class -> mixin, of the packages that are loaded: others have no instances."""
+    found: dict[type, type] = {}
+    if (layers := sys.modules.get("bitsandbytes.nn.modules")) is not None:
+        for name in ("Linear4bit", "LinearFP4", "LinearNF4"):
+            found[getattr(layers, name)] = FusedLinear4bit
+    if (layers := sys.modules.get("peft.tuners.lora.layer")) is not None:
+        found[layers.Linear] = FusedLoRA
+    if (layers := sys.modules.get("peft.tuners.lora.bnb")) is not None:
+        found[layers.Linear4bit] = FusedLoRA4bit
+    return found
+
+
+def hooked(module: nn.Module) -> str | None:
+    """Whether something is to happen around a module's own forward, and what."""
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return "hooks"
+    return "a replaced forward" if "forward" in module.__dict__ else None
+
+
+def reason_against_4bit(layer: Any) -> str | None:
+    """Why a bitsandbytes Linear4bit must run as it is, or None."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return "its weight is not quantized yet"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "its weight was repacked for AVX512-BF16 inference"
+    if state.shape is None or len(state.shape) != 2:
+        return f"its weight has the shape {state.shape}"
+    if tuple(state.shape) != (layer.out_features, layer.in_features):
+        return "its weight is stored transposed"
+    return None
+
+
+def _in_compute_dtype(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype a Linear4bit computes in, chosen as it chooses."""
+    if not layer.compute_type_is_set:
+        layer.set_compute_type(x)
+        layer.compute_type_is_set = True
+    return x if layer.compute_dtype is None else x.to(layer.compute_dtype)
+
+
+def _without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """bitsandbytes computes in its layer's dtype whatever autocast says."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+class FusedLinear4bit(Fused):
+    """bitsandbytes' Linear4bit: no dense weight, forward or backward."""
+
+    def reason_against(self) -> str | None:
+        return reason_against_4bit(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self_: Any = self
+        sys.modules["bitsandbytes.nn.modules"].fix_4bit_weight_quant_state_from_module(self)
+        if reason_against_4bit(self) is not None:
+            stock: torch.Tensor = super().forward(x)  # type: ignore[misc]
+            return stock
+        weight = self_.weight
+        with _without_autocast(x):
+            y = quantized_linear_of(
+                _in_compute_dtype(self, x),
+                operands_of(weight, weight.quant_state),
+                self_.bias,
+                False,
+                "Linear4bit",
+            )
+        return y.to(x.dtype)
+
+
+def _base_kind(base: nn.Module) -> str | None:
+    """What a LoRA layer's base is to the fused path: "4bit", "quantized", "dense", "conv1d"."""
+    kind = type(base)
+    if isinstance(base, FusedLinear4bit) or kind in _linear4bit_classes():
+        return "4bit"
+    if kind is QuantizedLinear:
+        return "quantized"
+    if kind is nn.Linear:
+        return "dense"
+    return "conv1d" if kind.__name__ == "Conv1D" and hasattr(base, "nf") else None
+
+
+def _linear4bit_classes() -> tuple[type, ...]:
+    layers = sys.modules.get("bitsandbytes.nn.modules")
+    return () if layers is None else (layers.Linear4bit, layers.LinearFP4, layers.LinearNF4)
+
+
+def reason_against_lora(layer: Any) -> str | None:
+    """Why a PEFT LoRA layer must run as it is, or None: it has exactly one active, plain adapter
+    over a base that the fused path knows."""
+    if layer.disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged:
+        return "its adapters are merged"
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(names) != 1:
+        return f"{len(names)} active adapters"
+    name = names[0]
+    lora_a, lora_b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+        return "the adapter's factors are not plain linear layers"
+    if lora_a.bias is not None or lora_b.bias is not None:
+        return "the adapter has a bias"
+    if type(dropout) not in (nn.Identity, nn.Dropout):
+        return f"its dropout is a {type(dropout).__name__}"
+    if reason := _reason_against_variant(layer, name):
+        return reason
+    base = layer.base_layer
+    for part, what in ((base, "base"), (lora_a, "A"), (lora_b, "B"), (dropout, "dropout")):
+        if reason := hooked(part):
+            return f"its {what} layer has {reason}"
+    if type(lora_a.weight).__name__ == "DTensor" or type(base.weight).__name__ == "DTensor":
+        return "its parameters are sharded"
+    kind = _base_kind(base)
+    if kind is None:
+        return f"its base layer is a {type(base).__name__}"
+    return reason_against_4bit(base) if kind == "4bit" else None
+
+
+def _reason_against_variant(layer: Any, name: str) -> str | None:
+    """DoRA is the one variant with a fused form; its dropout would reach the base's product."""
+    if name not in layer.lora_variant:
+        return None
+    kind = type(layer.lora_variant[name]).__name__
+    if kind != "DoraLinearVariant":
+        return f"the adapter is a {kind}"
+    vector = layer.lora_magnitude_vector[name]
+    if reason := hooked(vector):
+        return f"its magnitude vector has {reason}"
+    dropout = layer.lora_dropout[name]
+    return "DoRA with dropout" if type(dropout) is nn.Dropout and dropout.training else None
+
+
+class FusedLoRA(Requantizing, Fused):
+    """PEFT's lora.Linear over a dense weight or over a `QuantizedLinear`."""
+
+    def reason_against(self) -> str | None:
+        return reason_against_lora(self)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args or kwargs or reason_against_lora(self) is not None:
+            stock: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return stock
+        return _lora_forward(self, x)
+
+
+class FusedLoRA4bit(KeptBytes, Fused):
+    """PEFT's LoRA over a bitsandbytes Linear4bit."""
+
+    def reason_against(self) -> str | None:
+        return reason_against_lora(self)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args or kwargs or reason_against_lora(self) is not None:
+            stock: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return stock
+        return _lora_forward(self, x)
+
+
+def _lora_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """The fused forward of a layer that `reason_against_lora` has nothing against."""
+    name = next(name for name in layer.active_adapters if name in layer.lora_A)
+    a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    dropout = layer.lora_dropout[name]
+    dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    base, dtype = layer.base_layer, x.dtype
+    kind = _base_kind(base)
+    vector = layer.lora_magnitude_vector[name] if name in layer.lora_variant else None
+    bias = base.bias if vector is None else None
+    if kind in ("4bit", "quantized"):
+        operands: WeightOperands
+        quiet: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        invariant = False
+        if kind == "4bit":
+            operands = operands_of(base.weight, base.weight.quant_state)
+            quiet, x = _without_autocast(x), _in_compute_dtype(base, x)
+        else:
+            operands, invariant = base.operands(), base.batch_invariant
+        with quiet:
+            y = qlora_linear_of(x, operands, a, b, scaling, bias, dropout_p, invariant)
+        if vector is not None:
+            norms = row_norms(
+                _row_squares(base, kind),
+                lambda rows: quantized_linear_of(rows, operands, None, False),
+                a,
+                b,
+                scaling,
+            )
+            y = scaled_rows(y, vector.weight, norms, base.bias)
+        return y.to(dtype) if kind == "4bit" else y
+    dense = base.weight.t() if kind == "conv1d" else base.weight
+    y = lora_linear(x, dense, a, b, scaling, bias, dropout_p, training=True)
+    if vector is not None:
+        squares = dense.detach().float().square().sum(dim=1)
+        norms = row_norms(squares, lambda rows: rows @ dense.detach().float().t(), a, b, scaling)
+        y = scaled_rows(y, vector.weight, norms, base.bias)
+    return y
+
+
+@torch.no_grad()
+def _row_squares(base: Any, kind: str) -> torch.Tensor:
+    """‖Ŵ_n‖² of a frozen 4-bit weight, fp32 [N]; computed once for the bytes that are there."""
+    weight, held = base.weight, base.__dict__.get("_row_squares")
+    if torch.compiler.is_compiling():
+        return held[2] if held is not None else _squares_of(base, kind)
+    # The parameter itself, not its address, which another one may get.
+    if held is None or held[0] is not weight or held[1] != weight._version:
+        held = base.__dict__["_row_squares"] = (weight, weight._version, _squares_of(base, kind))
+    squares: torch.Tensor = held[2]
+    return squares.to(weight.device)
+
+
+def _squares_of(base: Any, kind: str) -> torch.Tensor:
+    if kind == "4bit":
+        qw = quantized_weight_of(base.weight, base.weight.quant_state)
+        dense = dequantize(qw, torch.float32)
+    else:
+        dense = base.dequantize(torch.float32)
+    return dense.square_().sum(dim=1)

@@ -1,0 +1,186 @@
+"""accelerate: switch a model's bitsandbytes and PEFT layers to the fused path, in place."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from qlora_kernels.errors import type_error
+from qlora_kernels.integrations.expert_lora import expert_lora_class, is_quantized_experts
+from qlora_kernels.integrations.fused import Fused, fused_class
+from qlora_kernels.integrations.optional import require
+from qlora_kernels.nn import LoRALinear, QuantizedLinear
+
+
+@dataclass
+class AccelerateReport:
+    """What `accelerate` did.
+
+    Attributes:
+        fused: module name -> class whose forward is fused now.
+        fallback: name of a layer that was switched too, but runs its own forward as it stands ->
+            why. It is decided anew on every call.
+        untouched: name of a linear or quantized layer that was left alone -> why.
+    """
+
+    fused: dict[str, str] = field(default_factory=dict)
+    fallback: dict[str, str] = field(default_factory=dict)
+    untouched: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.fused)} layers fused, {len(self.fallback)} on their own forward, "
+            f"{len(self.untouched)} untouched"
+        ]
+        for title, names in (("own forward", self.fallback), ("untouched", self.untouched)):
+            reasons: dict[str, list[str]] = {}
+            for name, reason in names.items():
+                reasons.setdefault(reason, []).append(name)
+            lines += [f"  {title}: {_some(held)}: {why}" for why, held in reasons.items()]
+        return "\n".join(lines)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+
+
+def accelerate(model: nn.Module, *, verbose: bool = True) -> AccelerateReport:
+    """Run a model's bitsandbytes Linear4bit and PEFT LoRA layers on the fused kernels.
+
+    The layers change their class and keep everything else: parameters, names, state dict, PEFT's
+    features. What the fused path does not express (several active adapters, DoRA with dropout,
+    aLoRA, biased or mixed-batch adapters, merged or disabled ones, hooks inside the layer) runs the
+    layer's own forward. Layers that are made later (a new adapter's, say) need another call.
+
+    Dropout is drawn from one seed per call rather than element by element, so a seeded run with
+    dropout differs from the same run before; every other result agrees to rounding. fp32 adapters
+    are multiplied in the dtype of the base layer's product.
+
+    Args:
+        model: changed in place.
+        verbose: print the report to stderr.
+
+    Raises:
+        ArgumentTypeError: not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise type_error("accelerate", "model", "an nn.Module", type(model).__name__)
+    for _, module in list(_candidates(model)):
+        cls = fused_class(type(module))
+        if cls is not None:
+            module.__class__ = cls
+    report = AccelerateReport()
+    inside = _layers_inside(model)
+    for name, module in _candidates(model):
+        if id(module) in inside:
+            continue
+        if is_quantized_experts(module):
+            report.fused[name] = type(module).__name__
+        elif not isinstance(module, Fused):
+            report.untouched[name] = _why_untouched(module)
+        elif reason := _replaced(module) or module.reason_against():
+            report.fallback[name] = reason
+        else:
+            report.fused[name] = type(module).__name__
+    if verbose:
+        sys.stderr.write(f"qlora_kernels.accelerate: {report}\n")
+    return report
+
+
+def deaccelerate(model: nn.Module) -> int:
+    """Undo `accelerate`: every layer gets its own class back. Returns how many did.
+
+    Raises:
+        ArgumentTypeError: not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise type_error("deaccelerate", "model", "an nn.Module", type(model).__name__)
+    restored = 0
+    for module in model.modules():
+        if isinstance(module, Fused):
+            stock: type = module.stock
+            module.__class__ = stock
+            restored += 1
+    return restored
+
+
+def patch_peft() -> None:
+    """Have PEFT put fused LoRA layers over `QuantizedLinear`, in this process; repeatable.
+
+    get_peft_model, PeftModel.from_pretrained and added adapters then need no `accelerate`, and
+    merge_adapter works. `unpatch_peft` undoes it.
+
+    Raises:
+        ImportError: PEFT is not installed.
+    """
+    model = require("peft.tuners.lora.model", "patch_peft").LoraModel
+    if "create" in _stock:
+        return
+    stock = _stock["create"] = model._create_new_module
+
+    def create(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
+        if kwargs.get("parameter_name") is not None and is_quantized_experts(target):
+            return expert_lora_class()(target, adapter_name, config=lora_config, **kwargs)
+        module = stock(lora_config, adapter_name, target, **kwargs)
+        base = module.get_base_layer()
+        cls = fused_class(type(module)) if type(base) is QuantizedLinear else None
+        if cls is not None:
+            module.__class__ = cls
+        return module
+
+    model._create_new_module = staticmethod(create)
+
+
+def unpatch_peft() -> None:
+    """Undo `patch_peft`; without one, do nothing."""
+    if "create" in _stock:
+        model = require("peft.tuners.lora.model", "unpatch_peft").LoraModel
+        model._create_new_module = staticmethod(_stock.pop("create"))
+
+
+_stock: dict[str, Any] = {}  # what patch_peft replaced
+
+
+def _replaced(module: Any) -> str | None:
+    """Whether calls to a layer never reach its class's forward."""
+    return "its forward is replaced" if "forward" in module.__dict__ else None
+
+
+def _layers_inside(model: nn.Module) -> set[int]:
+    """The modules that a LoRA layer holds: its base, A, B and so on, which it speaks for."""
+    held: set[int] = set()
+    for module in model.modules():
+        if _is_lora(module):
+            held |= {id(part) for part in module.modules() if part is not module}
+    return held
+
+
+def _is_lora(module: nn.Module) -> bool:
+    layers = sys.modules.get("peft.tuners.tuners_utils")
+    return layers is not None and isinstance(module, layers.BaseTunerLayer)
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Layers that are, or might have been, switched."""
+    quantized = sys.modules.get("bitsandbytes.nn.modules")
+    for name, module in model.named_modules():
+        is_linear = isinstance(module, nn.Linear)
+        is_8bit = quantized is not None and isinstance(module, quantized.Linear8bitLt)
+        if is_linear or is_8bit or _is_lora(module):
+            yield name, module
+
+
+def _why_untouched(module: nn.Module) -> str:
+    name = type(module).__name__
+    if isinstance(module, QuantizedLinear | LoRALinear):
+        return f"a {name}, which is fused by itself"
+    if _is_lora(module):
+        return f"PEFT's {type(module).__module__.split('.')[-2]}.{name} has no fused form"
+    if type(module) is nn.Linear:
+        return "a dense layer without an adapter"
+    return f"a {name}"

@@ -1,0 +1,163 @@
+"""StoredWeight: what layers over a quantized weight have in common: its tensors as parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_kernels.errors import argument_error, type_error
+from qlora_kernels.formats.format import Format
+from qlora_kernels.formats.quantized_weight import QuantizedWeight, WeightOperands
+from qlora_kernels.ops import dequantize
+
+# Field of QuantizedWeight -> name of the parameter that holds it.
+_PARAMETERS = {
+    "codes": "weight",
+    "absmax": "weight_absmax",
+    "scale_codes": "weight_scale_codes",
+    "scale_absmax": "weight_scale_absmax",
+    "scale_offset": "weight_scale_offset",
+    "scale_codebook": "weight_scale_codebook",
+}
+
+
+class StoredWeight(nn.Module):
+    """Mixin of a layer that holds a `QuantizedWeight`.
+
+    Every stored tensor is a parameter of an integer dtype, fp32 scales and the codebook as int32
+    views of their bits: `.to(dtype)`, autocast and FSDP's mixed precision would round them
+    silently otherwise.
+
+    Attributes:
+        weight: u8 [ceil(numel/2)], the packed codes.
+        weight_absmax, or weight_scale_codes, weight_scale_absmax, weight_scale_offset: the scales
+            (see `QuantizedWeight`); those that the format does not have are None.
+        weight_codebook: int32 [16], the bits of the table; a state of another format is refused.
+        weight_shape, weight_dtype: of the weight that is stored.
+    """
+
+    weight: torch.Tensor
+
+    def _hold(self, qw: QuantizedWeight) -> None:
+        """Hold qw's tensors, uncopied.
+
+        Raises:
+            ArgumentTypeError: not a QuantizedWeight.
+            ArgumentError: qw is not 2-D.
+        """
+        name = type(self).__name__
+        if not isinstance(qw, QuantizedWeight):
+            raise type_error(name, "qw", "a QuantizedWeight", type(qw).__name__)
+        if len(qw.shape) != 2:
+            raise argument_error(name, "qw", "2-D [out_features, in_features]", f"{qw.shape}")
+        self.format: Format = qw.format
+        self.weight_shape: tuple[int, ...] = qw.shape
+        self.weight_dtype = qw.dtype
+        for field, parameter in _PARAMETERS.items():
+            self.register_parameter(parameter, _frozen_bits(getattr(qw, field)))
+        codebook = qw.format.codebook.table(qw.device).clone()
+        self.register_parameter("weight_codebook", _frozen_bits(codebook))
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        """The stored weight; it shares the layer's memory."""
+        tensors: dict[str, Any] = {}
+        for field, parameter in _PARAMETERS.items():
+            bits = self._parameters[parameter]
+            if bits is not None:
+                tensors[field] = _values(bits.detach())
+        shape = self.weight_shape
+        return QuantizedWeight(shape=shape, dtype=self.weight_dtype, format=self.format, **tensors)
+
+    def operands(self) -> WeightOperands:
+        """What the kernels take."""
+        # Spelled out, because it is on the path of every forward.
+        held, fmt = self._parameters, self.format
+        nested = held["weight_absmax"] is None
+        return WeightOperands(
+            self.weight,
+            _values(held["weight_absmax"]),
+            held["weight_scale_codes"] if nested else None,
+            _values(held["weight_scale_absmax"]) if nested else None,
+            _values(held["weight_scale_offset"]) if nested else None,
+            _values(held["weight_codebook"]),
+            _values(held["weight_scale_codebook"]) if nested else None,
+            self.weight_shape,
+            fmt.block_size,
+            fmt.scale_block_size,
+        )
+
+    def set_quantized_weight(self, qw: QuantizedWeight) -> None:
+        """Hold another weight of the same shape, codebook and block sizes, uncopied.
+
+        Raises:
+            ArgumentTypeError: not a QuantizedWeight.
+            ArgumentError: a shape, format or device that is not the layer's.
+        """
+        name = type(self).__name__
+        if not isinstance(qw, QuantizedWeight):
+            raise type_error(name, "qw", "a QuantizedWeight", type(qw).__name__)
+        own = (self.weight_shape, self.format, self.weight.device)
+        if (qw.shape, qw.format, qw.device) != own:
+            raise argument_error(name, "qw", f"{own}", (qw.shape, qw.format, qw.device))
+        for field, parameter in _PARAMETERS.items():
+            self.register_parameter(parameter, _frozen_bits(getattr(qw, field)))
+        self.weight_dtype = qw.dtype
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The dense weight; dtype as in `qlora_kernels.dequantize`."""
+        return dequantize(self.quantized_weight, dtype)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the weight that is stored: what PEFT makes adapters of."""
+        return self.weight_dtype
+
+    @property
+    def W_q(self) -> torch.Tensor:
+        """The codes, by the name under which PEFT looks for a layer with `dequantize()`."""
+        return self.weight
+
+    def _format_repr(self) -> str:
+        fmt = self.format
+        nested = ", double_quant" if fmt.double_quant else ""
+        return f"format={fmt.name}, block_size={fmt.block_size}{nested}"
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + "weight_codebook"
+        table, own = state_dict.get(key), self._parameters["weight_codebook"]
+        if isinstance(table, torch.Tensor) and own is not None:
+            comparable = not (table.is_meta or own.is_meta) and table.dtype == own.dtype
+            if comparable and not torch.equal(table.to(own.device), own):
+                error_msgs.append(
+                    f"{key}: the state's codebook is not that of format {self.format.name!r}"
+                )
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _frozen_bits(tensor: torch.Tensor | None) -> nn.Parameter | None:
+    if tensor is None:
+        return None
+    bits = tensor.view(torch.int32) if tensor.is_floating_point() else tensor
+    return nn.Parameter(bits, requires_grad=False)
+
+
+def _values(bits: torch.Tensor | None) -> Any:
+    """The fp32 values behind int32 bits; codes, and what is absent, as they are."""
+    if bits is None or bits.dtype != torch.int32:
+        return bits
+    return bits.view(torch.float32)

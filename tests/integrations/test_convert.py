@@ -1,0 +1,191 @@
+"""convert: the same tensors as from_pretrained and save_pretrained make, a file at a time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import qlora_kernels as qlk
+from qlora_kernels.integrations import convert as module
+from qlora_kernels.integrations.command import add_options, main
+from qlora_kernels.integrations.convert import convert_checkpoint
+from tests.integrations.models import in_4bit, make, relative_error, saved, tokens, transformers
+
+Auto = transformers.AutoModelForCausalLM
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()
+    }
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = tensors(one), tensors(other)
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a
+    )
+
+
+def convert(source: Any, target: Path, **options: Any) -> Path:
+    return convert_checkpoint(source, target, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved(make("llama", intermediate_size=160), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "qwen2"])
+@pytest.mark.parametrize("format", ["nf4", "int4"])
+def test_quantized_as_from_pretrained_does(name: str, format: str, tmp_path: Path) -> None:
+    dense = make(name)
+    path = saved(dense.to(torch.bfloat16), tmp_path)
+    config = qlk.QLoRAKernelsConfig(format=format)
+    model = type(dense).from_pretrained(path, quantization_config=config)
+    model.save_pretrained(tmp_path / "wanted")
+    convert(path, tmp_path / "got", format=format)
+    assert same(tmp_path / "got", tmp_path / "wanted")
+    loaded, info = type(dense).from_pretrained(tmp_path / "got", output_loading_info=True)
+    assert not any(info.values())
+    assert loaded.config.quantization_config.weight_dtype == "bfloat16"
+    back = convert(tmp_path / "got", tmp_path / "back", to="dense")
+    plain, info = type(dense).from_pretrained(back, output_loading_info=True)
+    assert not any(info.values())
+    wanted = dict(model.dequantize(torch.bfloat16).named_parameters())
+    assert all(torch.equal(p, wanted[n]) for n, p in plain.named_parameters())
+
+
+def test_bitsandbytes_there_and_back(llama: str, tmp_path: Path) -> None:
+    in_4bit(llama).save_pretrained(tmp_path / "stock")
+    ours = convert(tmp_path / "stock", tmp_path / "ours")
+    model = Auto.from_pretrained(ours)
+    assert isinstance(model.model.layers[0].mlp.up_proj, qlk.QuantizedLinear)
+    again = convert(ours, tmp_path / "again", to="bitsandbytes")
+    assert same(tmp_path / "stock", again)
+    stock = Auto.from_pretrained(again)
+    qlk.accelerate(stock, verbose=False)
+    assert torch.equal(stock(tokens()).logits, model(tokens()).logits)
+    dense = convert(tmp_path / "stock", tmp_path / "dense", to="dense", dtype=torch.float32)
+    plain = Auto.from_pretrained(dense)(tokens()).logits
+    assert relative_error(plain, model(tokens()).logits) < 1e-5
+    direct = convert(llama, tmp_path / "direct", to="bitsandbytes", double_quant=True)
+    held, wanted = tensors(direct), tensors(tmp_path / "stock")
+    assert held.keys() == wanted.keys()
+    # The scales' second level is where the two encoders differ; the codes are the same.
+    packed = [key for key in wanted if wanted[key].dtype == torch.uint8 and key.endswith(".weight")]
+    assert len(packed) == 14 and all(torch.equal(held[key], wanted[key]) for key in packed)
+
+
+@pytest.mark.parametrize("kind", ["dense", "qlora_kernels", "bitsandbytes"])
+def test_adapter_is_merged(kind: str, llama: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="in the hf extra")
+    source = llama if kind == "dense" else str(convert(llama, tmp_path / "base", to=kind))
+    torch.manual_seed(2)
+    model = peft.get_peft_model(
+        Auto.from_pretrained(source),
+        peft.LoraConfig(
+            r=4,
+            target_modules="all-linear",
+            init_lora_weights=False,
+            rank_pattern={"q_proj": 2},
+            use_rslora=True,
+        ),
+    )
+    qlk.accelerate(model, verbose=False)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = convert(
+        source, tmp_path / "merged", to="dense", dtype=torch.float32, adapter=tmp_path / "adapter"
+    )
+    got = Auto.from_pretrained(merged)
+    assert type(got.model.layers[0].mlp.up_proj) is nn.Linear
+    assert relative_error(got(tokens()).logits, model(input_ids=tokens()).logits) < 2e-5
+
+
+def test_shards_and_an_interruption(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = convert(llama, tmp_path / "whole")
+    saves = []
+    write = module.save_tensors
+
+    def interrupted(path: Path, *rest: Any) -> None:
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+        saves.append(path.name)
+        write(path, *rest)
+
+    monkeypatch.setattr(module, "save_tensors", interrupted)
+    target = tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        convert(llama, target, shard_bytes=20_000)
+    assert not target.exists()
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "parts.partial").glob("*.safetensors")}
+    assert len(kept) == 2
+    monkeypatch.setattr(module, "save_tensors", write)
+    with pytest.raises(qlk.errors.CheckpointError, match="begun with another shard_bytes"):
+        convert(llama, target, shard_bytes=30_000)
+    convert(llama, target, shard_bytes=20_000)
+    assert not (tmp_path / "parts.partial").exists()
+    assert all((target / p.name).stat().st_mtime_ns == at for p, at in kept.items())
+    assert same(target, whole)
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    held = tensors(target)
+    assert index["weight_map"].keys() == held.keys()
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in held.values())
+    largest = max(p.stat().st_size for p in target.glob("*.safetensors"))
+    assert largest < 40_000  # one weight may be above the limit, no two are
+    assert torch.equal(
+        Auto.from_pretrained(target)(tokens()).logits, Auto.from_pretrained(whole)(tokens()).logits
+    )
+
+
+def test_what_is_refused(llama: str, tmp_path: Path) -> None:
+    with pytest.raises(qlk.errors.ArgumentError, match="DST must be a folder that does not exist"):
+        convert(llama, tmp_path)
+    with pytest.raises(qlk.errors.CheckpointError, match=r"config\.json cannot be read"):
+        convert(tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(qlk.errors.ArgumentError, match="left out unless --to dense"):
+        convert(llama, tmp_path / "out", adapter=llama)
+    ours = convert(llama, tmp_path / "ours", format="int4")
+    with pytest.raises(qlk.errors.ArgumentError, match="nf4 or fp4 for bitsandbytes"):
+        convert(ours, tmp_path / "out", to="bitsandbytes")
+    with pytest.raises(qlk.errors.ArgumentError, match="for a dense SRC"):
+        convert(ours, tmp_path / "out", format="nf4")
+    file = ours / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(qlk.errors.CheckpointError, match="cannot be read"):
+        convert(ours, tmp_path / "out", to="dense")
+    mixture = saved(make("mixtral"), tmp_path / "mixture")
+    with pytest.raises(qlk.errors.ArgumentError, match="mixtures of experts"):
+        convert(mixture, tmp_path / "out")
+
+
+def test_command(llama: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    target = str(tmp_path / "out")
+    assert main(parser.parse_args([llama, target, "--no-double-quant"])) == 0
+    out, err = capfd.readouterr()
+    assert out == f"{target}\n" and "weight" in err
+    assert "model.layers.0.mlp.up_proj.weight_absmax" in tensors(Path(target))
+    assert main(parser.parse_args([llama, target])) == 2
+    assert "error: convert: DST must be" in capfd.readouterr().err
+    assert main(parser.parse_args([target + "x", target + "y"])) == 1
+
+
+@pytest.mark.slow
+def test_command_line(llama: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qlora_kernels", "convert", llama, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(tmp_path / "out")
