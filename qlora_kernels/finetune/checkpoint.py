@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +22,7 @@ from qlora_kernels.errors import CheckpointError
 from qlora_kernels.files import save_tensors, tensor_bytes
 from qlora_kernels.finetune.settings import option
 
-FILE_NAME = "checkpoint.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
 KIND = "qlora_kernels.finetune.checkpoint/1"
 
 
@@ -49,15 +51,10 @@ class Checkpoint:
         return self.progress.step == self.identity.get("steps")
 
     def check_identity(self, identity: Mapping[str, object]) -> None:
-        """Raises CheckpointError naming the first option that differs."""
-        for name, wanted in identity.items():
-            saved = self.identity.get(name)
-            if saved != wanted:
-                what = "the text" if name == "text" else option(name)
-                raise CheckpointError(
-                    f"finetune: --resume: {what} must be as in {self.path}, "
-                    f"{shown(saved)}, got {shown(wanted)}"
-                )
+        """Raises CheckpointError naming the first option, or the text, that differs."""
+        found = difference(self.identity, identity)
+        if found is not None:
+            raise CheckpointError(f"finetune: --resume: {self.path} is of another run ({found})")
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Copy the saved values into ``model``'s trained parameters and ``optimizer``.
@@ -83,6 +80,15 @@ class Checkpoint:
                 parameter.copy_(self.tensors[f"model.{name}"])
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def difference(saved: Mapping[str, object], wanted: Mapping[str, object]) -> str | None:
+    """The first thing that two runs do not have in common, for a message, or None."""
+    for name, value in wanted.items():
+        if saved.get(name) != value:
+            what = "the text" if name == "text" else option(name)
+            return f"{what} is {shown(saved.get(name))} there and {shown(value)} here"
+    return None
 
 
 def shown(value: object) -> str:
@@ -122,27 +128,42 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify a checkpoint.
 
     Raises:
-        FileNotFoundError: there is none.
-        CheckpointError: the file is truncated, damaged or not a checkpoint of this library.
+        CheckpointError: the file cannot be read, is truncated, damaged or not a checkpoint of this
+            library.
     """
-    if not path.is_file():
-        raise FileNotFoundError(path)
+    found = load_header(path)
+    with opened(path) as file:
+        names = file.keys()
+        found.tensors.update({name: file.get_tensor(name) for name in names})
+        sha256 = file.metadata().get("sha256")
+    if digest(found.tensors) != sha256:
+        raise CheckpointError(f"finetune: {path} is damaged: its digest does not match")
+    return found
+
+
+def load_header(path: Path) -> Checkpoint:
+    """`load_checkpoint` without the tensors, whose digest is then not verified."""
+    with opened(path) as file:
+        metadata = file.metadata() or {}
+    if metadata.get("kind") != KIND:
+        raise CheckpointError(f"finetune: {path} is not a checkpoint of this library")
+    try:
+        progress = Progress(**json.loads(metadata["progress"]))
+        return Checkpoint(path, progress, dict(json.loads(metadata["identity"])), {})
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"finetune: {path} is damaged ({error})") from error
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, its errors as CheckpointError."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("kind") != KIND:
-                raise CheckpointError(f"finetune: {path} is not a checkpoint of this library")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+            yield file
     except SafetensorError as error:
         raise CheckpointError(f"finetune: {path} is truncated or foreign ({error})") from error
-    if digest(tensors) != metadata["sha256"]:
-        raise CheckpointError(f"finetune: {path} is damaged: its digest does not match")
-    return Checkpoint(
-        path,
-        Progress(**json.loads(metadata["progress"])),
-        json.loads(metadata["identity"]),
-        tensors,
-    )
+    except OSError as error:
+        raise CheckpointError(f"finetune: {path} cannot be read ({error})") from error
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -21,13 +21,19 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1
 
 
-class Interrupted(QLKError):
-    """Stopped on request. ``exit_code`` is 128 + the signal, as shells do; an empty message means
-    that another process has told the user."""
+class EndedError(QLKError):
+    """The program ends with ``exit_code``; an empty message means that the user has been told."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Interrupted(EndedError):
+    """Stopped on request. The exit code is 128 + the signal, as shells do."""
 
     def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signal_number
+        super().__init__(message, 128 + signal_number)
 
 
 class StopRequest:
@@ -68,9 +74,11 @@ class Relay(StopRequest):
         # Blocked until the child has its handlers (`unblock_stop_signals`), so that a signal meets
         # them whenever it arrives, and not an interpreter that is still importing.
         with stop_signals_blocked():
-            self.child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, start_new_session=True
-            )
+            self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        if self.signal is not None:
+            # It came before there was a child to send it to. Sent twice is received once, because
+            # the child still blocks it.
+            self.child.send_signal(self.signal)
         try:
             return self.child.wait()
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,20 +11,24 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qlora_kernels.errors import QLKError, argument_error
+from qlora_kernels.finetune import base_model
 from qlora_kernels.finetune.base_model import WEIGHTS
 from qlora_kernels.finetune.data import ByteTokenizer, PretrainedTokenizer, Tokenizer
 from qlora_kernels.finetune.model import ByteLlama
 from qlora_kernels.finetune.settings import Settings, derived_seed
-from qlora_kernels.nn import lora_parameters, replace_linear
+from qlora_kernels.nn import replace_linear
+from qlora_kernels.nn.replace import is_targeted
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A dense model as loaded, its vocabulary and the most positions it takes (None: any)."""
+    """A dense model as loaded, its vocabulary, the most positions it takes (None: any), and the
+    name of its output layer, which gets no adapter."""
 
     model: nn.Module
     vocab_size: int
     max_positions: int | None
+    head: str
 
 
 def load_tokenizer(settings: Settings) -> Tokenizer:
@@ -47,12 +50,16 @@ def load_base(settings: Settings) -> BaseModel:
         embedded = ByteLlama()
         weights = {name: tensor.to(dtype) for name, tensor in load_file(WEIGHTS).items()}
         embedded.load_state_dict(weights, assign=True)
-        return BaseModel(embedded, embedded.config.vocab_size, embedded.config.max_positions)
+        config = embedded.config
+        return BaseModel(embedded, config.vocab_size, config.max_positions, "lm_head")
     transformers = import_transformers()
     model = from_pretrained(transformers.AutoModelForCausalLM, settings.model, dtype=dtype)
     model.config.use_cache = False  # keys and values of past tokens, of no use in training
     vocab_size = model.get_input_embeddings().num_embeddings
-    return BaseModel(model, vocab_size, getattr(model.config, "max_position_embeddings", None))
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is head]
+    max_positions = getattr(model.config, "max_position_embeddings", None)
+    return BaseModel(model, vocab_size, max_positions, names[0] if names else "lm_head")
 
 
 def import_transformers() -> Any:
@@ -74,7 +81,10 @@ def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise argument_error(
-            "finetune", "--model", "a causal language model that transformers loads", f"{name} ({reason})"
+            "finetune",
+            "--model",
+            "a causal language model that transformers loads",
+            f"{name} ({reason})",
         ) from error
 
 
@@ -96,34 +106,45 @@ def prepare(base: BaseModel, settings: Settings) -> nn.Module:
     for parameter in model.parameters():
         parameter.requires_grad_(settings.method == "full")
     if settings.method != "full":
-        add_adapters(model, settings)
+        add_adapters(base, settings)
     return model.to(settings.torch_device)
 
 
-def add_adapters(model: nn.Module, settings: Settings) -> None:
+def add_adapters(base: BaseModel, settings: Settings) -> None:
     """`replace_linear` with the run's options; see `prepare` for what it raises."""
-    if not any(isinstance(module, nn.Linear) for module in model.modules()):
+    target = "all-linear" if settings.targets == ("all-linear",) else settings.targets
+    names = [
+        name
+        for name, module in base.model.named_modules()
+        if isinstance(module, nn.Linear) and name != base.head
+    ]
+    if not names:
         raise argument_error(
-            "finetune", "--model", "a model with linear layers (nn.Linear)", "one with none"
+            "finetune",
+            "--model",
+            "one with linear layers (nn.Linear) besides its output layer",
+            f"{settings.model}, which has none",
+        )
+    if not any(is_targeted(name, target) for name in names):
+        known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+        raise argument_error(
+            "finetune", "--targets", f"out of {known}", ", ".join(settings.targets)
         )
     torch.manual_seed(derived_seed(settings.seed, "adapters", 0))
     replace_linear(
-        model,
+        base.model,
         rank=settings.rank,
         alpha=settings.alpha,
-        target=settings.targets[0] if settings.targets == ("all-linear",) else settings.targets,
+        target=target,
+        skip=(base.head,),
         quantize=settings.method == "qlora",
         format=settings.format,
         block_size=settings.block_size,
         double_quant=settings.double_quant,
         dropout=settings.dropout,
     )
-    if not any(True for _ in lora_parameters(model)):
-        raise argument_error(
-            "finetune", "--targets", "names of linear layers", ", ".join(settings.targets)
-        )
 
 
 def base_model_name(settings: Settings) -> str:
     """What an adapter's configuration names as its base."""
-    return settings.model or Path(WEIGHTS).parent.name
+    return settings.model or base_model.__name__

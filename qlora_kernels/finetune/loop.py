@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from qlora_kernels.errors import QLKError
 from qlora_kernels.finetune.checkpoint import Progress
+from qlora_kernels.finetune.console import say
 from qlora_kernels.finetune.data import TokenWindows
 from qlora_kernels.finetune.interrupt import Interrupted, StopRequest
 from qlora_kernels.finetune.schedule import learning_rate_factor
@@ -81,22 +82,32 @@ def train_step(job: Job, step: int) -> float:
 
 
 def fit(job: Job, stop: StopRequest) -> None:
-    """Train from ``job.progress`` to the last step, saving every ``checkpoint_every`` and at the end.
+    """Train from ``job.progress`` to the last step, saving every ``checkpoint_every`` steps and at
+    the end. Shows a bar where stderr is a terminal, else ten lines.
 
     Raises Interrupted, after saving, when ``stop`` was requested.
     """
     settings, progress = job.settings, job.progress
     bar = tqdm(
-        total=settings.steps, initial=progress.step, desc=settings.method, unit="step", mininterval=0.5
+        total=settings.steps,
+        initial=progress.step,
+        desc=settings.method,
+        unit="step",
+        mininterval=0.5,
+        disable=None,
     )
+    line_every = max(1, settings.steps // 10)
     with bar:
         while progress.step < settings.steps:
             began = time.perf_counter()
             progress.train_losses.append(train_step(job, progress.step))
             progress.step += 1
             progress.seconds += time.perf_counter() - began
-            bar.set_postfix(loss=f"{progress.train_losses[-1]:.3f}", refresh=False)
+            loss = f"loss {progress.train_losses[-1]:.4f}"
+            bar.set_postfix_str(loss, refresh=False)
             bar.update()
+            if bar.disable and progress.step % line_every == 0:
+                say(f"{settings.method}: step {progress.step} of {settings.steps}, {loss}")
             last = progress.step == settings.steps
             if last or stop.signal is not None or progress.step % settings.checkpoint_every == 0:
                 job.save()
@@ -110,15 +121,19 @@ def fit(job: Job, stop: StopRequest) -> None:
 
 @torch.no_grad()
 def evaluate(job: Job, stop: StopRequest) -> float:
-    """Mean held-out loss in nats per token. Raises Interrupted when ``stop`` was requested."""
+    """Mean held-out loss in nats per token.
+
+    Raises Interrupted when ``stop`` was requested, QLKError where the loss is not finite.
+    """
     job.model.eval()
     total = 0.0
     for windows in job.windows.held_out.split(job.settings.batch):
         loss = next_token_loss(job.model, windows.long(), job.settings)
         total += loss.item() * len(windows)
-        if stop.signal is not None:
-            raise Interrupted(
-                f"stopped in an evaluation after step {job.progress.step}; --resume continues",
-                stop.signal,
-            )
+        stop.check(f"in an evaluation after step {job.progress.step}")
+    if not math.isfinite(total):
+        raise QLKError(
+            f"finetune: the held-out loss is {total} after step {job.progress.step}; try a smaller "
+            "--lr"
+        )
     return total / len(job.windows.held_out)

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from qlora_kernels.finetune.base_model import WEIGHTS
 from qlora_kernels.files import save_tensors
+from qlora_kernels.finetune.base_model import WEIGHTS
 from qlora_kernels.finetune.model import ByteLlama
 from qlora_kernels.finetune.python_text import documentation
 from qlora_kernels.finetune.schedule import learning_rate_factor

@@ -1,0 +1,1 @@
+"""The main job: `python -m qlora_kernels finetune`. `command` is its entry."""

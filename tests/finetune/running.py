@@ -1,0 +1,103 @@
+"""What the tests of `finetune` share: a small text, short runs, and the command in a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from qlora_kernels import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+# A run of seconds: few steps of few tokens.
+SHORT = ("--steps", "6", "--batch", "2", "--seq-len", "32", "--checkpoint-every", "2")
+
+
+def write_corpus(path: Path) -> Path:
+    """Text of a few thousand bytes, enough for windows of 33 in both splits."""
+    lines = [f"def f{n}(x):\n    return x * {n} + {n * n}\n" for n in range(150)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+class Command:
+    """`python -m qlora_kernels finetune` with a small text and short runs, in ``folder``."""
+
+    def __init__(self, folder: Path, corpus: Path) -> None:
+        self.folder = folder
+        self.options = ("--data", str(corpus), *SHORT)
+
+    def arguments(self, options: Sequence[str]) -> list[str]:
+        """Later options win, so a test may give any of them anew."""
+        return ["finetune", *self.options, *options]
+
+    def start(self, *options: str, prelude: str = "") -> subprocess.Popen[str]:
+        """The command in a process; ``prelude`` is Python code that it runs first."""
+        arguments = self.arguments(options)
+        if prelude:
+            program = f"{prelude}\nimport sys\nfrom qlora_kernels import cli\n"
+            how = ["-c", f"{program}sys.exit(cli.main({arguments!r}))"]
+        else:
+            how = ["-m", "qlora_kernels", *arguments]
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        return subprocess.Popen(
+            [sys.executable, *how],
+            cwd=self.folder,
+            # Waiting threads must not keep the cores from the other processes of a test.
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *options: str, prelude: str = "") -> subprocess.CompletedProcess[str]:
+        """The command in a process, to its end."""
+        process = self.start(*options, prelude=prelude)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def here(self, *options: str) -> int:
+        """The command in this process: its exit status."""
+        try:
+            return cli.main(self.arguments(options))
+        except SystemExit as ended:  # argparse
+            assert isinstance(ended.code, int)
+            return ended.code
+
+
+def losses(out: Path, method: str) -> tuple[list[float], float, float]:
+    """Everything a run measured of its model."""
+    found = json.loads((out / "report.json").read_text())["methods"][method]
+    return found["train_losses"], found["eval_loss_before"], found["eval_loss_after"]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Name and content of every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Poll until ``condition`` holds; fails if the process ends before."""
+    deadline = time.monotonic() + 240
+    while not condition():
+        if process.poll() is not None:
+            pytest.fail(f"ended too early: {process.communicate()}")
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def kill(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> tuple[str, str]:
+    """Send a signal and wait for the end; what the process had written."""
+    process.send_signal(number)
+    return process.communicate(timeout=120)
