@@ -23,8 +23,15 @@ else
 TORCH_CHOICES := torch==$(TORCH)
 endif
 
+# The demo does not wait for nvcc where no GPU would run its code; a library that already has CUDA
+# kernels keeps them.
+HAS_CUDA_OBJECTS := $(wildcard build/native/kernels-*.cu-*.o)
+DEMO_CUDA := $(or $(QLK_BUILD_CUDA),$(if $(filter-out 0,$(HAS_GPU))$(HAS_CUDA_OBJECTS),auto,0))
+
 # Peers and integrations that the tests compare with; the demo needs none of them.
 TEST_EXTRAS := dev,hf,bench
+# The compile tests run on it as well as on the newest: code generation differs.
+OLD_TRITON := 3.6.0
 
 .PHONY: setup build demo test bench lint format clean
 .DELETE_ON_ERROR:
@@ -34,7 +41,8 @@ setup: $(STAMPS)/test
 build: $(STAMPS)/package
 	@$(BIN)/python setup.py -q build_ext --inplace
 
-demo: build
+demo: $(STAMPS)/package
+	@QLK_BUILD_CUDA=$(DEMO_CUDA) $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python -m qlora_kernels finetune
 
 test: $(STAMPS)/test build
@@ -69,9 +77,10 @@ $(STAMPS)/torch: | $(BIN)/python
 
 $(STAMPS)/package: $(PROJECT_FILES) $(STAMPS)/torch
 	$(PIP) install -q "setuptools>=77" wheel
-	$(PIP) install -q --no-build-isolation -e .
+	QLK_BUILD_CUDA=$(DEMO_CUDA) $(PIP) install -q --no-build-isolation -e ".[plot]"
 	touch $@
 
 $(STAMPS)/test: $(STAMPS)/package
 	$(PIP) install -q --no-build-isolation -e ".[$(TEST_EXTRAS)]"
+	$(PIP) install -q --no-deps --target $(VENV)/triton-$(OLD_TRITON) --upgrade "triton==$(OLD_TRITON)"
 	touch $@
