@@ -56,9 +56,15 @@ QLK_AVX512 QLK_INLINE void decode_scales_avx512(const ScalesView& scales, int64_
     const int64_t group = (begin + i) / scales.scale_block_size;
     const int64_t group_end = std::min(count, (group + 1) * scales.scale_block_size - begin);
     const __m512 group_scale = _mm512_set1_ps(scales.scale_absmax[group]);
-    for (; i < group_end; i += 16) {
+    for (; i + 16 <= group_end; i += 16) {
+      const auto* codes = reinterpret_cast<const __m128i*>(scales.scale_codes + begin + i);
+      const __m512 values = _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(codes)),
+                                                scales.scale_codebook, 4);
+      _mm512_storeu_ps(out + i, _mm512_add_ps(_mm512_mul_ps(values, group_scale), offset));
+    }
+    if (i < group_end) {
       const int64_t left = group_end - i;
-      const __mmask16 mask = _cvtu32_mask16(left >= 16 ? 0xffffu : (1u << left) - 1u);
+      const __mmask16 mask = _cvtu32_mask16((1u << left) - 1u);
       const __m512i codes =
           _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, scales.scale_codes + begin + i));
       const __m512 values = _mm512_i32gather_ps(codes, scales.scale_codebook, 4);

@@ -20,6 +20,8 @@ from qlora_kernels.formats.quantized_weight import WeightOperands
 ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+LEAST_BLOCK_SIZE = 32  # what a vector loop decodes with one scale
+
 # Above the reference's 0, below the accelerators, which reject CPU tensors anyway.
 _BASE_PRIORITY = 10
 
@@ -30,6 +32,13 @@ def machine_isa() -> int:
     if library.load().missing:
         return -1
     return int(torch.ops.qlora_kernels_cpu.cpu_isa())
+
+
+@functools.cache
+def bf16_gemm_pays() -> bool:
+    """Whether torch's bf16 GEMM beats its fp32 one here: it uses all that the machine has."""
+    best = machine_isa()
+    return best >= 0 and bool(torch.ops.qlora_kernels_cpu.bf16_products_pay(best))
 
 
 def why_unavailable(isa: int) -> str | None:
@@ -53,6 +62,9 @@ def cpu_rejects(dtypes: Collection[torch.dtype] = FLOAT_DTYPES) -> Rejects:
         if problem.dtype not in dtypes:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             return f"dtype must be one of {names}, got {str(problem.dtype).removeprefix('torch.')}"
+        if problem.block_size < LEAST_BLOCK_SIZE and problem.batch_invariant:
+            least = f"at least {LEAST_BLOCK_SIZE} with batch_invariant"
+            return f"block_size must be {least}, got {problem.block_size}"
         return None
 
     return rejects
@@ -116,6 +128,7 @@ def contiguous(tensor: torch.Tensor) -> torch.Tensor:
 __all__ = [
     "FLOAT_DTYPES",
     "ISA_NAMES",
+    "bf16_gemm_pays",
     "contiguous",
     "cpu_rejects",
     "machine_isa",
