@@ -13,8 +13,9 @@ from qlora_kernels.reference import (
     double_quantize_reference,
     quantize_reference,
 )
+from qlora_kernels.testing import shapes as common
 from qlora_kernels.testing.errors import assert_bitwise_equal
-from qlora_kernels.testing.shapes import BLOCK_SIZES, CODEC_NUMELS, RAGGED_WEIGHTS
+from qlora_kernels.testing.shapes import CODEC_NUMELS, RAGGED_WEIGHTS
 from tests import cuda_codecs
 from tests.emulation.cuda.runner import Runner
 from tests.problems import DTYPES, SCALES, random_weight
@@ -24,6 +25,7 @@ CODEBOOKS = {name: get_format(name).codebook for name in ("nf4", "fp4", "int4")}
     "unsorted": Codebook("unsorted", values=[0.9, -0.2, 0.4, -1.0, 0.1]),
     "one_sided": Codebook("one_sided", values=[0.1 * i for i in range(1, 17)]),
 }
+BLOCK_SIZES = tuple(sorted({16, *common.BLOCK_SIZES}))
 # Around a lane, a run, a tile and a launch of the kernels.
 NUMELS = (*CODEC_NUMELS[1:-2], 8191, 8192, 8200, 24_576 * 2 + 1)
 
@@ -252,6 +254,8 @@ def check_dequantize_scales(runner: Runner, seed: int) -> None:
 def check_dequantize_many_at_once(runner: Runner, seed: int) -> None:
     # More tiles than blocks: a block comes to tiles of several weights.
     shapes = ((64, 96), (1, 1), (33, 129), (0, 5), (128, 200), (9, 4096), (8, 64), (7, 63))
+    # As many as a launch takes.
+    shapes = (*shapes, (3, 40), (1, 8193), (5, 5), (0, 0), (16, 16), (2, 31), (64, 64), (1, 33))
     names = ("nf4", "fp4", "int4")
     for dtype in DTYPES:
         weights = [

@@ -9,7 +9,7 @@ void quantize(const Tensor& weight, const Tensor& boundaries, const Tensor& rank
               int64_t zero_code, int64_t block_size, const OptionalTensor& scales,
               const Tensor& codes, const Tensor& absmax, int64_t stream) {
   constexpr const char* kOp = "quantize";
-  check_block_size(kOp, block_size);
+  check_block_size(kOp, block_size, Place::kCuda);
   qlk::QuantizeParams p;
   p.dtype = float_dtype(kOp, "weight", weight);
   p.numel = weight.numel();

@@ -135,15 +135,18 @@ inline ScalesView scales_view(const char* op, int64_t n_blocks, const OptionalTe
   return view;
 }
 
-inline void check_block_size(const char* op, int64_t block_size) {
-  STD_TORCH_CHECK(block_size >= 32 && block_size <= 4096 && (block_size & (block_size - 1)) == 0,
-                  op, ": block_size must be a power of two from 32 to 4096, got ", block_size);
+// The kernels for CUDA take blocks of 16 as well: eight elements of one are a lane's.
+inline void check_block_size(const char* op, int64_t block_size, Place place = Place::kCpu) {
+  const int64_t least = place == Place::kCuda ? 16 : 32;
+  STD_TORCH_CHECK(block_size >= least && block_size <= 4096 && (block_size & (block_size - 1)) == 0,
+                  op, ": block_size must be a power of two from ", least, " to 4096, got ",
+                  block_size);
 }
 
 // The quantized operand, from the parameters that QLK_WEIGHT_PARAMETERS declares.
 inline QuantizedView quantized_view(const char* op, QLK_WEIGHT_PARAMETERS,
                                     Place place = Place::kCpu) {
-  check_block_size(op, block_size);
+  check_block_size(op, block_size, place);
   STD_TORCH_CHECK(rows >= 0 && cols >= 0, op, ": rows and cols must not be negative, got ", rows,
                   " and ", cols);
   const int64_t numel = rows * cols;

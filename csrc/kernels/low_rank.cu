@@ -35,12 +35,12 @@ __device__ __forceinline__ void load_adapter(const DownProjectionParams& p, int6
   for (int i = 0; i < kVector; ++i) values[i] = rounded<kDType>(values[i]);
 }
 
-// Grid: ranks, groups of tokens.
+// Grid: groups of tokens, ranks.
 template <DType kDType>
 __global__ __launch_bounds__(kThreads, 2) void down_projection_kernel(
     const __grid_constant__ DownProjectionParams p, bool vector) {
   SHARED_ARRAY(float, partial, [kWarps][kTokens]);
-  const int64_t rank = blockIdx.x, token0 = int64_t{blockIdx.y} * kTokens;
+  const int64_t rank = blockIdx.y, token0 = int64_t{blockIdx.x} * kTokens;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const auto* x = static_cast<const uint16_t*>(p.x);
   float sums[kTokens] = {};
@@ -72,7 +72,7 @@ __global__ __launch_bounds__(kThreads, 2) void down_projection_kernel(
   if (thread < kTokens && token0 + thread < p.tokens) {
     float sum = partial[0][thread];
     for (int w = 1; w < kWarps; ++w) sum = __fadd_rn(sum, partial[w][thread]);
-    static_cast<uint16_t*>(p.result)[(token0 + thread) * gridDim.x + rank] =
+    static_cast<uint16_t*>(p.result)[(token0 + thread) * p.rank + rank] =
         Element<kDType>::store(sum);
   }
 }
@@ -81,8 +81,10 @@ __global__ __launch_bounds__(kThreads, 2) void down_projection_kernel(
 
 int cuda::launch_down_projection(const DownProjectionParams& p, void* stream) {
   if (p.tokens == 0 || p.rank == 0) return cudaSuccess;
-  const dim3 grid{static_cast<unsigned>(p.rank),
-                  static_cast<unsigned>(ceil_div(p.tokens, int64_t{kTokens})), 1};
+  // A grid's second dimension ends at 65535.
+  if (p.rank > 65535 || p.tokens > int64_t{1} << 33) return cudaErrorInvalidValue;
+  const dim3 grid{static_cast<unsigned>(ceil_div(p.tokens, int64_t{kTokens})),
+                  static_cast<unsigned>(p.rank), 1};
   const bool vector = p.cols % kVector == 0 && is_aligned(p.x) && is_aligned(p.adapter);
   const auto on = static_cast<cudaStream_t>(stream);
   const dim3 block{kThreads, 1, 1};

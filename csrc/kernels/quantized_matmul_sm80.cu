@@ -5,11 +5,13 @@
 // any four. In a chunk of 64 elements lane t of a quad takes the 16 elements from 16t on, 8 bytes
 // of a row; mma m of four takes elements 4m ... 4m + 3 of those, two bytes, and the same four of x.
 // A byte is looked up in a table of 256 pairs, one copy per lane, so that no two lanes meet in a
-// bank. The table holds the codebook's values; a chunk has one scale, which multiplies its fp32
-// sums.
+// bank. An entry's copies lie 256 bytes after those of the one before: then a single prmt makes an
+// address of a code byte and the lane's. The gaps between them hold the codes. The table holds the
+// codebook's values; a chunk has one scale, which multiplies its fp32 sums.
 #include "qlk/cuda/element.cuh"
 #include "qlk/cuda/launch.h"
 #include "qlk/cuda/scales.cuh"
+#include "quantized_matmul_epilogue.cuh"
 
 namespace qlk {
 namespace {
@@ -20,37 +22,48 @@ constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kTileN = static_cast<int>(cuda::kFusedTileN);  // 16 rows a warp
 constexpr int kTileK = static_cast<int>(cuda::kFusedTileK);
 constexpr int kChunk = 64, kChunks = kTileK / kChunk;
-constexpr int kCodeRowBytes = kTileK / 2, kCodeBytes = kTileN * kCodeRowBytes;
+constexpr int kCodeRowBytes = kTileK / 2;
 // 16 bytes more than the elements: rows then begin 4 banks apart, and eight lanes' 16-byte loads
 // meet in none.
 constexpr int kXRowBytes = kTileK * 2 + 16;
-constexpr int kTableBytes = 256 * kWarp * 4;
-static_assert(kTileN == kWarps * 16);
+// Half of each entry's bytes: the table's copies, and two rows of a stage's codes.
+constexpr int kEntryBytes = 256, kGap = kWarp * 4, kTableBytes = 256 * kEntryBytes;
+constexpr int kGapRows = (kEntryBytes - kGap) / kCodeRowBytes;
+constexpr int kCodeStageBytes = kTileN / kGapRows * kEntryBytes;
+static_assert(kTileN == kWarps * 16 && kGapRows == 2);
 
 template <int kTokenTiles>
 struct Stages {
   // As many as let two blocks share a multiprocessor.
   static constexpr int kCount = kTokenTiles <= 2 ? 4 : 3;
-  static constexpr int kBytes = kCodeBytes + kTokenTiles * 8 * kXRowBytes;
-  static constexpr int kShared = kTableBytes + kCount * kBytes;
+  static constexpr int kXBytes = kTokenTiles * 8 * kXRowBytes;
+  static constexpr int kShared = kTableBytes + kCount * kXBytes;
+  static_assert(kCount * kCodeStageBytes <= kTableBytes);
 };
 
 struct Launch {
   FusedMatmulParams p;
   DeviceScales scales;
-  int block_shift = 0;
+  int chunk_shift = 0;  // Chunks of 64 elements in a block of weights: 1 << chunk_shift.
   int rows = 0, cols = 0, tokens = 0;  // 64-bit ones would not fit into the registers.
 };
 
-// Where chunk `part` (16 bytes) of a row of codes lies: neighbouring pairs of rows are turned by
-// half a row, so that the 8-byte loads of four rows meet in no bank.
+// Where part `part` (16 bytes) of row `row` of a stage's codes lies: neighbouring pairs of rows are
+// turned by half a row, so that the 8-byte loads of four rows meet in no bank.
 __device__ __forceinline__ int code_offset(int row, int part) {
-  return row * kCodeRowBytes + (part ^ (row & 2)) * 16;
+  return row / kGapRows * kEntryBytes + kGap + row % kGapRows * kCodeRowBytes +
+         (part ^ (row & 2)) * 16;
 }
 
-// What a thread copies of every tile, and the scale that its lane reads: pointers to k = 0, worked
-// out once.
-template <int kTokenTiles>
+// A lane's scale of a tile as it is stored.
+struct StoredScale {
+  float absmax = 0;
+  uint32_t code = 0;
+};
+
+// What a thread copies of the next tile, and the scale that its lane reads. All of it moves on by a
+// tile with each, so that the main loop only adds.
+template <int kTokenTiles, bool kNested>
 struct Sources {
   static constexpr int kParts = kCodeRowBytes / 16, kRows = kTileN * kParts / kThreads;
   static constexpr int kXParts = kTileK / 8, kTokenStep = kThreads / kXParts;
@@ -59,87 +72,94 @@ struct Sources {
   const uint8_t* codes[kRows];
   const uint16_t* x[kTokens];
   int code_bytes[kRows], x_bytes[kTokens];  // 16; 0 for rows and tokens that do not exist
-  int code_offset, code_k, x_offset, x_k;
-  int64_t scale_element;
-  int scale_k;  // past the end for rows that do not exist
+  int code_target, x_target;
+  int code_left, x_left;  // elements of K from the thread's first one in the tile on
+  uint32_t scale_chunk;
+  int scale_left;  // not above 0 for rows that do not exist
 
-  __device__ __forceinline__ Sources(const Launch& launch, int row0, int token0) {
+  // For columns from k0 on to `end`, a multiple of 64.
+  __device__ __forceinline__ Sources(const Launch& launch, int row0, int token0, int k0, int end) {
     const int thread = static_cast<int>(threadIdx.x);
     const int part = thread % kParts, row = thread / kParts;
     // The rows of a thread are a multiple of four apart: the same turn of their parts.
     static_assert(kThreads / kParts % 4 == 0);
-    code_offset = qlk::code_offset(row, part);
-    code_k = part * 32;
+    code_target = code_offset(row, part);
+    code_left = end - k0 - part * 32;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int global_row = row0 + row + i * (kThreads / kParts);
       code_bytes[i] = global_row < launch.rows ? 16 : 0;
       codes[i] = launch.p.weight.codes +
-                 (int64_t{code_bytes[i] ? global_row : 0} * launch.cols + code_k) / 2;
+                 (int64_t{code_bytes[i] ? global_row : 0} * launch.cols + k0 + part * 32) / 2;
     }
     const int x_part = thread % kXParts, token = thread / kXParts;
-    x_offset = kCodeBytes + token * kXRowBytes + x_part * 16;
-    x_k = x_part * 8;
+    x_target = token * kXRowBytes + x_part * 16;
+    x_left = end - k0 - x_part * 8;
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       const int global_token = token0 + token + i * kTokenStep;
       x_bytes[i] = global_token < launch.tokens ? 16 : 0;
       x[i] = static_cast<const uint16_t*>(launch.p.x) +
-             int64_t{x_bytes[i] ? global_token : 0} * launch.cols + x_k;
+             int64_t{x_bytes[i] ? global_token : 0} * launch.cols + k0 + x_part * 8;
     }
     // Lane t of quad g has chunk t / 2 of row g + 8 (t % 2).
-    const int lane = thread % kWarp;
+    const int lane = thread % kWarp, chunk = lane % 4 / 2;
     const int scale_row = row0 + thread / kWarp * 16 + lane / 4 + 8 * (lane % 2);
-    scale_k = scale_row < launch.rows ? lane % 4 / 2 * kChunk : launch.cols;
-    scale_element = int64_t{scale_row} * launch.cols + scale_k;
+    scale_left = scale_row < launch.rows ? end - k0 - chunk * kChunk : 0;
+    scale_chunk = static_cast<uint32_t>(scale_row) * static_cast<uint32_t>(launch.cols / kChunk) +
+                  k0 / kChunk + chunk;
   }
 
-  // Of a copy that reads no byte the address does not matter.
-  __device__ __forceinline__ void issue(const Launch& launch, int k0, unsigned char* stage) const {
-    const bool code_inside = k0 + code_k < launch.cols, x_inside = k0 + x_k < launch.cols;
+  // Copies the next tile to a stage of codes and one of x: zeros where there is nothing. Of a copy
+  // that reads no byte the address does not matter.
+  __device__ __forceinline__ void copy(unsigned char* code_stage, unsigned char* x_stage) {
+    static_assert(kCodeRowBytes * (kThreads / kParts) == kCodeStageBytes / 2 / kRows);
 #pragma unroll
-    for (int i = 0; i < kRows; ++i)
-      ptx::copy_async<16>(stage + code_offset + i * (kThreads / kParts) * kCodeRowBytes,
-                          codes[i] + k0 / 2, code_inside ? code_bytes[i] : 0);
+    for (int i = 0; i < kRows; ++i) {
+      ptx::copy_async<16>(code_stage + code_target + i * (kCodeStageBytes / kRows), codes[i],
+                          code_left > 0 ? code_bytes[i] : 0);
+      codes[i] += kCodeRowBytes;
+    }
+    code_left -= kTileK;
 #pragma unroll
-    for (int i = 0; i < kTokens; ++i)
+    for (int i = 0; i < kTokens; ++i) {
       if (kTokenTiles * 8 % kTokenStep == 0 ||
           static_cast<int>(threadIdx.x) < kTokenTiles * 8 * kXParts)
-        ptx::copy_async<16>(stage + x_offset + i * kTokenStep * kXRowBytes, x[i] + k0,
-                            x_inside ? x_bytes[i] : 0);
+        ptx::copy_async<16>(x_stage + x_target + i * kTokenStep * kXRowBytes, x[i],
+                            x_left > 0 ? x_bytes[i] : 0);
+      x[i] += kTileK;
+    }
+    x_left -= kTileK;
+  }
+
+  // The lane's scale of the next tile.
+  __device__ __forceinline__ StoredScale load_scale(const Launch& launch) {
+    StoredScale scale;
+    if (scale_left > 0) {
+      const uint32_t block = scale_chunk >> launch.chunk_shift;
+      if constexpr (kNested) {
+        scale.code = launch.scales.view.scale_codes[block];
+        scale.absmax = launch.scales.view.scale_absmax[block >> launch.scales.group_shift];
+      } else {
+        scale.absmax = launch.scales.view.absmax[block];
+      }
+    }
+    scale_left -= kTileK;
+    scale_chunk += kTileK / kChunk;
+    return scale;
   }
 };
 
-// A lane's scale of a tile as it is stored.
-struct StoredScale {
-  float absmax = 0;
-  uint32_t code = 0;
-};
-
-template <int kTokenTiles>
-__device__ __forceinline__ StoredScale load_scale(const Launch& launch,
-                                                  const Sources<kTokenTiles>& sources, int k0) {
-  StoredScale scale;
-  if (sources.scale_k + k0 >= launch.cols) return scale;
-  const int64_t block = (sources.scale_element + k0) >> launch.block_shift;
-  if (launch.scales.nested()) {
-    scale.code = launch.scales.view.scale_codes[block];
-    scale.absmax = launch.scales.view.scale_absmax[block >> launch.scales.group_shift];
-  } else {
-    scale.absmax = launch.scales.view.absmax[block];
-  }
-  return scale;
-}
-
-// Pair of table values for byte `i` of a word of codes; `table` is the lane's own copy, 128 bytes
-// between entries.
-__device__ __forceinline__ uint32_t look_up(const unsigned char* table, uint32_t word, int i) {
-  const uint32_t offset = (i == 0 ? word << 7 : word >> (8 * i - 7)) & 0x7f80u;
+// Pair of table values for byte `i` of a word of codes; `lane_offset` is four times the lane.
+__device__ __forceinline__ uint32_t look_up(const unsigned char* table, uint32_t lane_offset,
+                                            uint32_t word, int i) {
+  const uint32_t offset = ptx::permute_bytes(word, lane_offset, 0x5504u | (i << 4));
   return *reinterpret_cast<const uint32_t*>(table + offset);
 }
 
 template <bool kBFloat16, int kTokenTiles>
-__device__ __forceinline__ void multiply_tile(const unsigned char* stage,
+__device__ __forceinline__ void multiply_tile(const unsigned char* code_stage,
+                                              const unsigned char* x_stage,
                                               const unsigned char* table, float scale,
                                               float (&sums)[kTokenTiles][4]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp,
@@ -153,7 +173,7 @@ __device__ __forceinline__ void multiply_tile(const unsigned char* stage,
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int at = code_offset(warp * 16 + g + 8 * half, 2 * chunk + t / 2) + t % 2 * 8;
-      const uint2 words = *reinterpret_cast<const uint2*>(stage + at);
+      const uint2 words = *reinterpret_cast<const uint2*>(code_stage + at);
       codes[half][0] = words.x;
       codes[half][1] = words.y;
     }
@@ -164,10 +184,11 @@ __device__ __forceinline__ void multiply_tile(const unsigned char* stage,
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) left[m][i] = look_up(table, codes[i % 2][pair], 2 * m + i / 2);
+        for (int i = 0; i < 4; ++i)
+          left[m][i] = look_up(table, lane * 4u, codes[i % 2][pair], 2 * m + i / 2);
 #pragma unroll
       for (int tile = 0; tile < kTokenTiles; ++tile) {
-        const unsigned char* row = stage + kCodeBytes + (tile * 8 + g) * kXRowBytes;
+        const unsigned char* row = x_stage + (tile * 8 + g) * kXRowBytes;
         const uint4 x =
             *reinterpret_cast<const uint4*>(row + chunk * kChunk * 2 + t * 32 + pair * 16);
         const uint32_t first[2] = {x.x, x.y}, second[2] = {x.z, x.w};
@@ -185,116 +206,48 @@ __device__ __forceinline__ void multiply_tile(const unsigned char* stage,
   }
 }
 
-// Two neighbouring elements of a row of `rank`, rounded to the operands' dtype; zeros outside.
-template <DType kDType>
-__device__ __forceinline__ uint32_t load_pair(const void* source, DType dtype, int64_t row,
-                                              int64_t rows, int64_t column, int64_t rank) {
-  const bool inside = row < rows;
-  const float low = inside && column < rank ? load_any(source, dtype, row * rank + column) : 0.0f;
-  const float high =
-      inside && column + 1 < rank ? load_any(source, dtype, row * rank + column + 1) : 0.0f;
-  return Element<kDType>::pack(low, high);
-}
-
-// sums += scaling * lora_b xaᵀ for the warp's 16 rows.
-template <DType kDType, int kTokenTiles>
-__device__ __forceinline__ void add_adapter(const FusedMatmulParams& p, int64_t warp_row,
-                                            int64_t token0, float (&sums)[kTokenTiles][4]) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
-  // lora_b is read again for every eight tokens: the registers hold the sums of all of them
-  // already.
-#pragma unroll
-  for (int tile = 0; tile < kTokenTiles; ++tile) {
-    float part[4] = {};
-#pragma unroll 1
-    for (int64_t r = 2 * t; r - 2 * t < p.rank; r += 16) {
-      uint32_t left[4], right[2];
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        left[i] = load_pair<kDType>(p.lora_b, p.lora_b_dtype, warp_row + g + 8 * (i % 2),
-                                    p.weight.rows, r + 8 * (i / 2), p.rank);
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        right[i] =
-            load_pair<kDType>(p.xa, kDType, token0 + tile * 8 + g, p.tokens, r + 8 * i, p.rank);
-      ptx::multiply_add<kDType == DType::kBFloat16>(part, left, right);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums[tile][i] = __fmaf_rn(p.scaling, part[i], sums[tile][i]);
-  }
-}
-
-// Leaves the sums of this split behind; the last block of a tile to do so adds those of all splits,
-// in their order, and returns true.
-template <int kTokenTiles>
-__device__ __forceinline__ bool reduce_splits(const FusedMatmulParams& p, int tile_index,
-                                              float (&sums)[kTokenTiles][4]) {
-  SHARED_ARRAY(uint32_t, ticket, [1]);
-  constexpr int kSums = kTokenTiles * 4;
-  const int64_t size = int64_t{kSums} * kThreads;
-  float* mine = p.partials + (int64_t{tile_index} * p.splits + blockIdx.y) * size + threadIdx.x;
-#pragma unroll
-  for (int i = 0; i < kSums; ++i) mine[i * kThreads] = sums[i / 4][i % 4];
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) *ticket = atomicAdd(p.tickets + tile_index, 1u);
-  __syncthreads();
-  if (*ticket + 1 != static_cast<uint32_t>(p.splits)) return false;
-  __threadfence();
-  if (threadIdx.x == 0) p.tickets[tile_index] = 0;
-  const float* first = p.partials + int64_t{tile_index} * p.splits * size + threadIdx.x;
-#pragma unroll
-  for (int i = 0; i < kSums; ++i) sums[i / 4][i % 4] = ptx::load_from_l2(first + i * kThreads);
-  for (int split = 1; split < p.splits; ++split)
-#pragma unroll
-    for (int i = 0; i < kSums; ++i)
-      sums[i / 4][i % 4] =
-          __fadd_rn(sums[i / 4][i % 4], ptx::load_from_l2(first + split * size + i * kThreads));
-  return true;
-}
-
-// Grid: row tiles, splits of K, groups of tokens.
-template <DType kDType, int kTokenTiles>
+// Grid: groups of tokens, row tiles, splits of K. Blocks that read the same weights follow each
+// other: all but the first find them in L2.
+template <DType kDType, int kTokenTiles, bool kNested>
 __global__ __launch_bounds__(kThreads, 2) void quantized_matmul_sm80_kernel(
     const __grid_constant__ Launch launch) {
   constexpr bool kBFloat16 = kDType == DType::kBFloat16;
-  constexpr int kStages = Stages<kTokenTiles>::kCount, kStageBytes = Stages<kTokenTiles>::kBytes;
+  constexpr int kStages = Stages<kTokenTiles>::kCount, kXBytes = Stages<kTokenTiles>::kXBytes;
   SHARED_ARRAY(float, scale_map, [kScaleCodes]);
   DYNAMIC_SHARED(unsigned char, shared);
-  unsigned char* const stages = shared + kTableBytes;
+  unsigned char* const x_stages = shared + kTableBytes;
   const FusedMatmulParams& p = launch.p;
   const int lane = static_cast<int>(threadIdx.x) % kWarp,
             warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int row0 = static_cast<int>(blockIdx.x) * kTileN;
-  const int token0 = static_cast<int>(blockIdx.z) * kTokenTiles * 8;
+  const int row0 = static_cast<int>(blockIdx.y) * kTileN;
+  const int token0 = static_cast<int>(blockIdx.x) * kTokenTiles * 8;
   const int warp_row = row0 + warp * 16;
   const int64_t n_tiles = ceil_div(launch.cols, kTileK);
-  const auto first = static_cast<int>(n_tiles * blockIdx.y / p.splits);
-  const auto last = static_cast<int>(n_tiles * (blockIdx.y + 1) / p.splits);
+  const auto first = static_cast<int>(n_tiles * blockIdx.z / p.splits);
+  const auto last = static_cast<int>(n_tiles * (blockIdx.z + 1) / p.splits);
 
-  const Sources<kTokenTiles> sources(launch, row0, token0);
+  Sources<kTokenTiles, kNested> sources(launch, row0, token0, first * kTileK,
+                                        min(launch.cols, last * kTileK));
   StoredScale scales[kStages];
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
-    if (first + s < last) {
-      sources.issue(launch, (first + s) * kTileK, stages + s * kStageBytes);
-      scales[s] = load_scale(launch, sources, (first + s) * kTileK);
-    }
+    sources.copy(shared + s * kCodeStageBytes, x_stages + s * kXBytes);
+    scales[s] = sources.load_scale(launch);
     ptx::commit_copies();
   }
 
   // Meanwhile the tables. A lane works out one byte of each 32 and hands it to all lanes.
   float offset = 0;
-  if (launch.scales.nested()) {
+  if constexpr (kNested) {
     scale_map[threadIdx.x] = launch.scales.view.scale_codebook[threadIdx.x];
     offset = *launch.scales.view.scale_offset;
   }
-  auto* table_words = reinterpret_cast<uint32_t*>(shared);
   // Element 2i is the high nibble of byte i, the lower half of the pair.
   const uint32_t own_pair = Element<kDType>::pack(p.weight.codebook[threadIdx.x >> 4],
                                                   p.weight.codebook[threadIdx.x & 15]);
   for (int i = 0; i < kWarp; ++i)
-    table_words[(warp * kWarp + i) * kWarp + lane] = __shfl_sync(kAllLanes, own_pair, i);
+    *reinterpret_cast<uint32_t*>(shared + (warp * kWarp + i) * kEntryBytes + lane * 4) =
+        __shfl_sync(kAllLanes, own_pair, i);
 
   float sums[kTokenTiles][4] = {};
   for (int tile = first; tile < last; tile += kStages) {
@@ -304,67 +257,52 @@ __global__ __launch_bounds__(kThreads, 2) void quantized_matmul_sm80_kernel(
         ptx::wait_copies<kStages - 2>();
         // The tile is there for all, and all are done with the one that is overwritten next.
         __syncthreads();
-        constexpr int kAhead = kStages - 1;
-        const int next = (s + kAhead) % kStages;
-        if (tile + s + kAhead < last) {
-          const int k0 = (tile + s + kAhead) * kTileK;
-          sources.issue(launch, k0, stages + next * kStageBytes);
-          scales[next] = load_scale(launch, sources, k0);
-        }
+        const int next = (s + kStages - 1) % kStages;
+        sources.copy(shared + next * kCodeStageBytes, x_stages + next * kXBytes);
+        scales[next] = sources.load_scale(launch);
         ptx::commit_copies();
         float scale = scales[s].absmax;
-        if (launch.scales.nested())
+        if constexpr (kNested)
           scale = __fadd_rn(__fmul_rn(scale_map[scales[s].code], scale), offset);
-        multiply_tile<kBFloat16, kTokenTiles>(stages + s * kStageBytes, shared + lane * 4, scale,
-                                              sums);
+        multiply_tile<kBFloat16, kTokenTiles>(shared + s * kCodeStageBytes, x_stages + s * kXBytes,
+                                              shared, scale, sums);
       }
     }
   }
   ptx::wait_copies<0>();
 
   if (p.splits > 1) {
-    const auto tile_index = static_cast<int>(blockIdx.z * gridDim.x + blockIdx.x);
-    if (!reduce_splits<kTokenTiles>(p, tile_index, sums)) return;
+    const auto tile_index = static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x);
+    if (!reduce_splits<kThreads, kTokenTiles>(p, tile_index, sums)) return;
   }
   if (p.rank > 0) add_adapter<kDType, kTokenTiles>(p, warp_row, token0, sums);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t row = warp_row + lane / 4 + 8 * half;
-    if (row >= p.weight.rows) break;
-    const float bias = p.bias ? load_any(p.bias, p.bias_dtype, row) : 0.0f;
-    int64_t token = token0 + 2 * (lane % 4);
-    auto* y = static_cast<uint16_t*>(p.y) + token * p.weight.rows + row;
-#pragma unroll
-    for (int tile = 0; tile < kTokenTiles; ++tile, token += 8, y += 8 * p.weight.rows) {
-      // Without a bias nothing is added: -0 stays.
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float sum = sums[tile][2 * half + i];
-        if (token + i < p.tokens)
-          y[i * p.weight.rows] = Element<kDType>::store(p.bias ? __fadd_rn(sum, bias) : sum);
-      }
-    }
-  }
+  store_tile<kDType, kTokenTiles>(p, warp_row, token0, sums);
+}
+
+template <DType kDType, int kTokenTiles>
+cudaError_t launch_for(const Launch& call, cudaStream_t stream) {
+  const FusedMatmulParams& p = call.p;
+  const dim3 grid{static_cast<unsigned>(ceil_div(p.tokens, int64_t{kTokenTiles} * 8)),
+                  static_cast<unsigned>(ceil_div(p.weight.rows, int64_t{kTileN})),
+                  static_cast<unsigned>(p.splits)};
+  const dim3 block{kThreads, 1, 1};
+  constexpr int kShared = Stages<kTokenTiles>::kShared;
+  if (p.weight.scales.nested())
+    return launch(quantized_matmul_sm80_kernel<kDType, kTokenTiles, true>, grid, block, kShared,
+                  stream, call);
+  return launch(quantized_matmul_sm80_kernel<kDType, kTokenTiles, false>, grid, block, kShared,
+                stream, call);
 }
 
 template <DType kDType>
-cudaError_t launch_for(const Launch& call, cudaStream_t stream) {
-  const FusedMatmulParams& p = call.p;
-  const int64_t columns = cuda::fused_matmul_tokens(p.tokens);
-  const dim3 grid{static_cast<unsigned>(ceil_div(p.weight.rows, int64_t{kTileN})),
-                  static_cast<unsigned>(p.splits),
-                  static_cast<unsigned>(ceil_div(p.tokens, columns))};
-  const dim3 block{kThreads, 1, 1};
-  switch (columns) {
+cudaError_t launch_for_tokens(const Launch& call, cudaStream_t stream) {
+  switch (cuda::fused_matmul_tokens(call.p.tokens)) {
     case 8:
-      return launch(quantized_matmul_sm80_kernel<kDType, 1>, grid, block, Stages<1>::kShared,
-                    stream, call);
+      return launch_for<kDType, 1>(call, stream);
     case 16:
-      return launch(quantized_matmul_sm80_kernel<kDType, 2>, grid, block, Stages<2>::kShared,
-                    stream, call);
+      return launch_for<kDType, 2>(call, stream);
     default:
-      return launch(quantized_matmul_sm80_kernel<kDType, 4>, grid, block, Stages<4>::kShared,
-                    stream, call);
+      return launch_for<kDType, 4>(call, stream);
   }
 }
 
@@ -375,21 +313,22 @@ int cuda::launch_fused_matmul(const FusedMatmulParams& p, void* stream) {
   if (!fused_matmul_runs(p.weight.cols, p.weight.block_size) || p.splits < 1 || !is_aligned(p.x) ||
       !is_aligned(p.weight.codes))
     return cudaErrorInvalidValue;
-  constexpr int64_t kLargest = int64_t{1} << 30;
-  if (p.weight.rows > kLargest || p.weight.cols > kLargest || p.tokens > kLargest)
+  if (p.weight.rows > kFusedMostRows || p.weight.cols > kFusedLargest ||
+      p.weight.rows * p.weight.cols > kFusedMostElements || p.tokens > kFusedLargest ||
+      p.splits > 65535)
     return cudaErrorInvalidValue;
-  // Formats have powers of two; a 64-bit division would be most of the main loop.
+  // A 64-bit division would be most of the main loop.
   if (p.weight.scales.nested() && power_shift(p.weight.scales.scale_block_size) < 0)
     return cudaErrorInvalidValue;
   const Launch call{p,
                     DeviceScales(p.weight.scales),
-                    power_shift(p.weight.block_size),
+                    power_shift(p.weight.block_size / kChunk),
                     static_cast<int>(p.weight.rows),
                     static_cast<int>(p.weight.cols),
                     static_cast<int>(p.tokens)};
   const auto on = static_cast<cudaStream_t>(stream);
-  if (p.dtype == DType::kBFloat16) return launch_for<DType::kBFloat16>(call, on);
-  if (p.dtype == DType::kFloat16) return launch_for<DType::kFloat16>(call, on);
+  if (p.dtype == DType::kBFloat16) return launch_for_tokens<DType::kBFloat16>(call, on);
+  if (p.dtype == DType::kFloat16) return launch_for_tokens<DType::kFloat16>(call, on);
   return cudaErrorInvalidValue;
 }
 

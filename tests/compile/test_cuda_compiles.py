@@ -35,6 +35,8 @@ MOST_REGISTERS = {
     "double_quantize": 64,
     "quantize": 128,
     "quantized_matmul_sm80": 128,
+    # Of 32 ranks one block stays on an SM; 16 ranks have a budget of their own below.
+    "low_rank_gradients_sm80": 200,
 }
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine")
@@ -93,7 +95,7 @@ def test_broken_source_fails(tmp_path: Path) -> None:
 
 
 # Machine code. Dtypes and token tiles by their place in the mangled names: DType 0 is fp32, 1 fp16,
-# 2 bf16; Lb1E encodes against decoded scales; Li1E, Li2E, Li4E are 8, 16, 32 tokens.
+# 2 bf16; Lb1E of quantize encodes against decoded scales; Li1E, Li2E, Li4E are 8, 16, 32 tokens.
 
 
 @lru_cache(maxsize=8)
@@ -145,19 +147,24 @@ def test_quantize_loads_16_bytes_and_encodes_in_few_instructions(code_of) -> Non
 
 
 def test_matmul_multiplies_on_tensor_cores_in_few_instructions(code_of) -> None:
-    # At M = 1 an H200 can issue 3.9 instructions an element while it reads the weights. The loop
-    # takes a tile, 16 rows of 128 elements a warp, for each of its stages; what copies the tiles to
-    # come, their scales and barriers are in it as well. Both kinds of scales count, and one runs.
-    for tokens, stages, most in ((1, 4, 3.8), (2, 4, 4.0), (4, 3, 6.8)):
-        for kernel in code_of("quantized_matmul_sm80", f"ELi{tokens}E"):
+    # At M = 1 an H200 can issue 3.9 instructions an element while it reads the weights; 2.07 would
+    # be the look-ups, products and scales alone. The loop takes a tile, 16 rows of 128 elements a
+    # warp, for each of its stages; what copies the tiles to come, their scales and barriers are in
+    # it as well. Lb0E has fp32 scales, Lb1E double-quantized ones.
+    budgets = ((1, 4, 0, 2.15), (1, 4, 1, 2.3), (2, 4, 0, 2.45), (2, 4, 1, 2.6))
+    for tokens, stages, nested, most in (*budgets, (4, 3, 0, 4.3), (4, 3, 1, 4.6)):
+        for kernel in code_of("quantized_matmul_sm80", f"ELi{tokens}ELb{nested}E"):
             # The third size keeps its two chunks in a loop.
             chunks = 2 if tokens < 4 else 1
             products = stages * chunks * 4 * tokens
             loop = kernel.loop_with("HMMA", products)
             assert matches(loop, "HMMA") == products
             assert matches(loop, r"LDS\.128") == products / 2
-            # 8 bytes of two rows a chunk, each looked up once; beside it little but nested scales.
+            # 8 bytes of two rows a chunk, each looked up once; beside it nested scales, and what
+            # the compiler puts before each copy.
             assert 0 <= matches(loop, r"LDS$") - stages * chunks * 16 <= 8 * stages
+            # Each look-up's address by one instruction.
+            assert matches(loop, "PRMT") == stages * chunks * 16
             elements = stages * chunks * 16 * 64
             assert sum(loop.values()) * 32 / elements <= most
 
@@ -165,6 +172,37 @@ def test_matmul_multiplies_on_tensor_cores_in_few_instructions(code_of) -> None:
 def test_matmul_copies_16_bytes_asynchronously(code_of) -> None:
     for kernel in code_of("quantized_matmul_sm80", "quantized_matmul_sm80_kernel"):
         assert kernel.count(r"LDGSTS\S*\.128") == kernel.count("LDGSTS") >= 9
+
+
+def test_gradients_multiply_on_tensor_cores_in_few_instructions(code_of) -> None:
+    # The loop takes 16 tokens of a warp's 64 columns. 14 instructions an element are what an H200
+    # can issue while it reads the 2 bytes of one; about half of those here run, as rows go either
+    # by 16 bytes or by elements.
+    elements = 16 * 64
+    budgets = ((16, 1, 0, 8.6), (16, 1, 1, 14.0), (16, 0, 1, 13.4))
+    for ranks, with_gradient, with_u, most in (
+        *budgets,
+        (32, 1, 0, 9.5),
+        (32, 1, 1, 16.7),
+        (32, 0, 1, 15.4),
+    ):
+        part = f"ELi{ranks}ELb{with_gradient}ELb{with_u}E"
+        for kernel in code_of("low_rank_gradients_sm80", part):
+            steps, tiles, products = 4, ranks // 8, with_gradient + with_u
+            loop = kernel.loop_with("HMMA", steps * tiles * products)
+            assert matches(loop, "HMMA") == steps * tiles * products
+            # Each step's elements once for either product, and left's two tiles at a time.
+            assert matches(loop, "LDSM") == steps * products + tiles // 2 * with_gradient
+            assert sum(loop.values()) * 32 / elements <= most
+            assert kernel.count(r"LDGSTS\S*\.128") >= 4
+            assert kernel.count("ATOM|RED") == 0, "sums in no fixed order"
+
+
+def test_gradients_of_few_ranks_leave_room_for_two_blocks(tmp_path: Path) -> None:
+    done = compile_cubin(KERNELS / "low_rank_gradients_sm80.cu", "80", tmp_path / "out.cubin")
+    few = [usage for usage in usages(done.stderr) if "ELi16E" in usage.kernel]
+    assert len(few) == 6
+    assert [usage for usage in few if usage.registers > 128] == []
 
 
 @pytest.mark.slow

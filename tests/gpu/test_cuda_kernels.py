@@ -12,6 +12,7 @@ from qlora_kernels import reference
 from qlora_kernels.autograd import qlora_linear, quantized_linear
 from qlora_kernels.backends import entries
 from qlora_kernels.backends.cuda.dequantize import dequantize_cuda
+from qlora_kernels.backends.cuda.low_rank import down_projection
 from qlora_kernels.formats.quantized_weight import WeightOperands
 from qlora_kernels.reference import dequantize_reference
 from qlora_kernels.testing.errors import assert_bitwise_equal
@@ -27,7 +28,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
-TOKENS = (0, 1, 2, 7, 8, 9, 16, 17, 32, 33, 64, 65, 200)
+TOKENS = (0, 1, 2, 7, 8, 9, 16, 17, 32, 33, 128, 129, 200)
 
 
 def entry(op: str):
@@ -93,6 +94,23 @@ def test_dequantize_beyond_2_31_elements() -> None:
     assert_bitwise_equal(dense[last:].cpu(), expected[: rows - last])
 
 
+def test_dequantize_many_equals_the_cpu() -> None:
+    """More weights than a launch takes, all kinds together, some into given rows."""
+    shapes = [(64, 96), (33, 129), (1, 1), (0, 5), (128, 200), (7, 4096)] * 4
+    weights = [
+        random_weight(shape, (32, 64, 256)[i % 3], SCALES[i % 2], ("nf4", "fp4")[i % 2], seed=i)
+        for i, shape in enumerate(shapes)
+    ]
+    for dtype in DTYPES:
+        buffer = torch.zeros(300, 300, dtype=dtype, device="cuda")
+        outs = [None] * len(weights)
+        outs[1], outs[4] = buffer[:33, :129], buffer[50:178, 8:208]
+        dense = entry("dequantize_many")([on_gpu(w) for w in weights], dtype, outs)
+        for got, weight in zip(dense, weights, strict=True):
+            expected = dequantize_reference(weight, weight.shape, dtype)
+            assert_bitwise_equal(got.cpu().contiguous(), expected)
+
+
 @pytest.mark.parametrize("layout", ["pitched", "transposed", "shifted"])
 def test_dequantize_into_any_layout(layout: str) -> None:
     weight = random_weight((33, 200), 64, "nested", seed=3)
@@ -152,6 +170,14 @@ def test_qlora_linear(tokens: int, dtype: torch.dtype, dropout_p: float) -> None
         assert_qlora_backward(gradients, problem)
 
 
+def test_down_projection_of_more_tokens_than_a_grid_has_in_its_second_dimension() -> None:
+    x = torch.ones(8 * 65_536 + 3, 1, dtype=torch.bfloat16, device="cuda")
+    x[-1] = 3.0
+    got = down_projection(x, torch.full((1, 1), 0.5, device="cuda"))
+    assert float(got[-1]) == 1.5
+    assert bool((got[:-1] == 0.5).all())
+
+
 def test_dropout_equals_the_reference() -> None:
     x = torch.randn(1001, 33, generator=torch.Generator().manual_seed(4))
     seed = torch.tensor([-(2**62) + 5], dtype=torch.int64)
@@ -161,7 +187,7 @@ def test_dropout_equals_the_reference() -> None:
 
 def test_results_repeat_bit_for_bit() -> None:
     weight = random_weight((4096, 4096), 64, seed=5)
-    for tokens in (1, 16, 48):
+    for tokens in (1, 16, 48, 300):
         problem = random_qlora(tokens, weight, 16, torch.bfloat16, torch.float32)
         first, second = run_qlora(problem), run_qlora(problem)
         assert_bitwise_equal(first[0], second[0])

@@ -111,14 +111,14 @@ bool serve() {
   for (const auto& [buffer_name, has_bytes] : order) {
     const Buffer& buffer = problem.buffers[buffer_name];
     bytes.assign(buffer.bytes, '\xff');
-    if (has_bytes) read_exactly(bytes.data(), bytes.size());
-    to_device(buffer.data, bytes.data(), bytes.size());
+    if (has_bytes && buffer.bytes) read_exactly(bytes.data(), bytes.size());
+    if (buffer.bytes) to_device(buffer.data, bytes.data(), bytes.size());
   }
   const int status = synchronize(function(problem));
   std::printf("done %d\n", status);
   for (const auto& [buffer_name, has_bytes] : order) {
     const Buffer& buffer = problem.buffers[buffer_name];
-    if (!buffer.is_output) continue;
+    if (!buffer.is_output || buffer.bytes == 0) continue;
     bytes.resize(buffer.bytes);
     to_host(bytes.data(), buffer.data, bytes.size());
     std::fwrite(bytes.data(), 1, bytes.size(), stdout);

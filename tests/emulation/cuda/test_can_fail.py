@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import cuda_codec_checks, cuda_matmuls
+from tests import cuda_codec_checks, cuda_gradients, cuda_matmuls
 from tests.emulation.cuda.runner import ROOT, KernelStopped, build_emulated, start, why_no_emulation
 
-CHECKS = {**cuda_codec_checks.CHECKS, **cuda_matmuls.CHECKS}
+CHECKS = {**cuda_codec_checks.CHECKS, **cuda_matmuls.CHECKS, **cuda_gradients.CHECKS}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ class Mutation:
 
 
 MATMUL = "kernels/quantized_matmul_sm80.cu"
-LOOP_BARRIER = "        __syncthreads();\n        constexpr int kAhead"
+EPILOGUE = "kernels/quantized_matmul_epilogue.cuh"
+GRADIENT = "kernels/low_rank_gradients_sm80.cu"
+GRADIENT_BARRIER = "    __syncthreads();\n    if constexpr (kWithGradient)"
+LOOP_BARRIER = "        __syncthreads();\n        const int next"
 
 MUTATIONS = (
     Mutation(
@@ -123,8 +126,21 @@ MUTATIONS = (
     Mutation(
         "matmul_takes_the_scale_of_the_first_chunk",
         MATMUL,
-        (("? lane % 4 / 2 * kChunk : launch.cols", "? 0 : launch.cols"),),
+        (("k0 / kChunk + chunk;", "k0 / kChunk;"),),
         "every_place",
+    ),
+    Mutation(
+        "matmul_copies_codes_over_the_table",
+        MATMUL,
+        (("kEntryBytes + kGap + row", "kEntryBytes + row"),),
+        "every_place",
+    ),
+    Mutation(
+        "matmul_reads_scales_past_the_last",
+        MATMUL,
+        (("    if (scale_left > 0) {", "    if (scale_left > -kTileK) {"),),
+        "shapes",
+        "memory",
     ),
     Mutation(
         "matmul_does_not_wait",
@@ -141,7 +157,7 @@ MUTATIONS = (
     Mutation(
         "matmul_has_no_barrier",
         MATMUL,
-        ((LOOP_BARRIER, "        constexpr int kAhead"),),
+        ((LOOP_BARRIER, "        const int next"),),
         "shapes",
         "races",
     ),
@@ -149,7 +165,7 @@ MUTATIONS = (
         "matmul_refills_before_the_barrier",
         MATMUL,
         (
-            (LOOP_BARRIER, "        constexpr int kAhead"),
+            (LOOP_BARRIER, "        const int next"),
             (
                 "        ptx::commit_copies();\n        float scale",
                 "        ptx::commit_copies();\n        __syncthreads();\n        float scale",
@@ -160,13 +176,13 @@ MUTATIONS = (
     ),
     Mutation(
         "matmul_leaves_its_tickets",
-        MATMUL,
+        EPILOGUE,
         (("if (threadIdx.x == 0) p.tickets[tile_index] = 0;", ""),),
         "splits",
     ),
     Mutation(
         "matmul_forgets_the_first_split",
-        MATMUL,
+        EPILOGUE,
         (("for (int split = 1; split < p.splits", "for (int split = 2; split < p.splits"),),
         "splits",
     ),
@@ -176,6 +192,121 @@ MUTATIONS = (
         (("  __syncthreads();\n", ""),),
         "batch_invariance",
         "races",
+    ),
+    Mutation(
+        "gradient_takes_the_rows_of_a_tile_untransposed",
+        GRADIENT,
+        (
+            (
+                "lane % 8 + lane / 16 * 8, column = step * 16 + lane / 8 % 2 * 8",
+                "lane % 16, column = step * 16 + lane / 16 * 8",
+            ),
+        ),
+        "gradient_sizes",
+    ),
+    Mutation(
+        "gradient_does_not_wait",
+        GRADIENT,
+        (("    ptx::wait_copies<kStages - 2>();\n", ""),),
+        "gradient_pipeline",
+    ),
+    Mutation(
+        "gradient_waits_for_a_group_too_few",
+        GRADIENT,
+        (("wait_copies<kStages - 2>", "wait_copies<kStages - 1>"),),
+        "gradient_pipeline",
+    ),
+    Mutation(
+        "gradient_has_no_barrier",
+        GRADIENT,
+        ((GRADIENT_BARRIER, "    if constexpr (kWithGradient)"),),
+        "gradient_pipeline",
+        "races",
+    ),
+    Mutation(
+        "gradient_refills_before_the_barrier",
+        GRADIENT,
+        (
+            (GRADIENT_BARRIER, "    if constexpr (kWithGradient)"),
+            (
+                "    const unsigned char* const here =",
+                "    __syncthreads();\n    const unsigned char* const here =",
+            ),
+        ),
+        "gradient_pipeline",
+        "races",
+    ),
+    Mutation(
+        "gradient_keeps_one_tile_of_left",
+        GRADIENT,
+        (
+            ("left_part.store(left + (parity ^ 1) * Layout::kLeftBytes)", "left_part.store(left)"),
+            ("left + parity * Layout::kLeftBytes", "left"),
+        ),
+        "gradient_pipeline",
+        "races",
+    ),
+    Mutation(
+        "gradient_forgets_the_last_tiles_u",
+        GRADIENT,
+        (("    if (first < last)\n", "    if (first + 1 < last)\n"),),
+        "gradient_and_u",
+    ),
+    Mutation(
+        "gradient_sums_u_before_all_are_there",
+        GRADIENT,
+        (("    __syncthreads();\n    if (first < last)", "    if (first < last)"),),
+        "gradient_and_u",
+        "races",
+    ),
+    Mutation(
+        "gradient_adds_the_sums_of_warps_without_columns",
+        GRADIENT,
+        (("if (other < warps) sum", "if (other <= warps) sum"),),
+        "gradient_and_u",
+    ),
+    Mutation(
+        "gradient_gives_every_chunk_the_first_ranks",
+        GRADIENT,
+        (("% launch.rank_chunks * kRanks;", "% launch.rank_chunks * 0;"),),
+        "gradient_ranks",
+    ),
+    Mutation(
+        "gradient_reads_past_the_columns",
+        GRADIENT,
+        (("inside && column + j < p.cols ?", "inside ?"),),
+        "gradient_sizes",
+        "memory",
+    ),
+    Mutation(
+        "projection_reads_its_adapter_transposed",
+        GRADIENT,
+        (("p.right_rank_major ? rank * p.cols", "!p.right_rank_major ? rank * p.cols"),),
+        "projection",
+    ),
+    Mutation(
+        "gradient_copies_a_row_too_far",
+        GRADIENT,
+        (("    if (token0 + row < p.tokens && column < p.cols)\n", "    if (column < p.cols)\n"),),
+        "gradient_copy",
+        "memory",
+    ),
+    Mutation(
+        "partial_sums_forget_the_last",
+        GRADIENT,
+        (("part < job.parts;", "part + 1 < job.parts;"),),
+        "partial_sums",
+    ),
+    Mutation(
+        "partial_sums_round_before_scaling",
+        GRADIENT,
+        (
+            (
+                "__fmul_rn(job.scaling, sum)",
+                "__fmul_rn(job.scaling, ptx::f16_to_float(Element<DType::kFloat16>::store(sum)))",
+            ),
+        ),
+        "partial_sums",
     ),
     Mutation(
         "dropout_scales_what_it_drops",

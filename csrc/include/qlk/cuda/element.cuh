@@ -59,6 +59,19 @@ __device__ __forceinline__ float load_any(const void* source, DType dtype, int64
   }
 }
 
+__device__ __forceinline__ void store_any(void* target, DType dtype, int64_t index, float value) {
+  switch (dtype) {
+    case DType::kFloat16:
+      static_cast<uint16_t*>(target)[index] = Element<DType::kFloat16>::store(value);
+      break;
+    case DType::kBFloat16:
+      static_cast<uint16_t*>(target)[index] = Element<DType::kBFloat16>::store(value);
+      break;
+    default:
+      static_cast<float*>(target)[index] = value;
+  }
+}
+
 // Whether 16-byte accesses at multiples of eight elements from here are aligned.
 inline bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;

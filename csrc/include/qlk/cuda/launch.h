@@ -25,7 +25,7 @@ constexpr int64_t kSumBins = 12, kMaxSumParts = 128;
 int launch_double_quantize(const DoubleQuantizeParams& params, int64_t* partials, void* stream);
 
 // Matrices of one launch, all of one out dtype.
-constexpr int kMaxMatrices = 8;
+constexpr int kMaxMatrices = 16;
 
 int launch_dequantize(const DequantizeParams* matrices, int count, void* stream);
 
@@ -57,6 +57,10 @@ inline bool fused_matmul_runs(int64_t cols, int64_t block_size) {
 }
 
 constexpr int64_t kFusedTileN = 128, kFusedTileK = 128, kFusedMaxTokens = 32;
+// What the kernel counts in 32 bits: columns and tokens; elements, whose scales it finds by the
+// number of their 64; rows, as a grid's second dimension ends at 65535.
+constexpr int64_t kFusedLargest = int64_t{1} << 30, kFusedMostElements = int64_t{1} << 37;
+constexpr int64_t kFusedMostRows = 65535 * kFusedTileN;
 
 // Token columns of a block's tile: 8, 16 or 32.
 inline int64_t fused_matmul_tokens(int64_t tokens) {
@@ -89,6 +93,56 @@ struct DownProjectionParams {
 };
 
 int launch_down_projection(const DownProjectionParams& params, void* stream);
+
+// Products that sum over tokens or over `data`'s columns, left as partial sums: gradient [C,R] =
+// dataᵀ left, if left is given, and in the same pass over data u [M,R] = data · right, if that is.
+// fp32 sums of products of fp16 or bf16; neither scaled nor rounded.
+struct LowRankGradientParams {
+  const void* data = nullptr;              // [M,C] contiguous: grad_y, or x
+  const void* left = nullptr;              // [M,R] contiguous: xa, or u; or null
+  DType dtype = DType::kBFloat16;          // of data and left: fp16 or bf16
+  int64_t tokens = 0, cols = 0, rank = 0;  // M, C, R; C * R and M * R below 2^31
+  // Blocks that share the gradient of a column, each with its part of the tokens.
+  int token_slices = 1;
+  float* gradient_partials = nullptr;  // [token_slices, C, R]; rank_major: [token_slices, R, C]
+  bool rank_major = false;
+  // lora_b [C,R], or right_rank_major: lora_a [R,C], of right_dtype, rounded to dtype as it is
+  // read; or null.
+  const void* right = nullptr;
+  DType right_dtype = DType::kFloat32;
+  bool right_rank_major = false;
+  float* u_partials = nullptr;  // [low_rank_gradient_columns(C), M, R]
+  // data once more: [M,C] with copy_stride elements between rows; or null. Then C, copy_stride and
+  // both pointers are multiples of a vector.
+  void* copy = nullptr;
+  int64_t copy_stride = 0;
+};
+
+constexpr int64_t kGradientColumns = 512, kGradientTokens = 16;
+
+// Slices of the columns, each with its partial sum of u.
+inline int64_t low_rank_gradient_columns(int64_t cols) {
+  return (cols + kGradientColumns - 1) / kGradientColumns;
+}
+
+int launch_low_rank_gradient(const LowRankGradientParams& params, void* stream);
+
+// out [rows, cols] = scaling * the sum of `parts` partial sums in their order, one rounding.
+struct PartialSums {
+  const float* partials = nullptr;  // [parts, rows, cols]
+  int64_t parts = 0, rows = 0, cols = 0;
+  float scaling = 1.0f;
+  void* out = nullptr;  // [rows, cols] contiguous
+  DType dtype = DType::kFloat32;
+  // The result once more at tail + row * tail_stride, with zeros up to column tail_cols; or null.
+  void* tail = nullptr;
+  int64_t tail_stride = 0, tail_cols = 0;
+};
+
+constexpr int kMaxPartialSums = 2;
+
+// Up to kMaxPartialSums of them in one launch; rows * max(cols, tail_cols) below 2^31.
+int launch_partial_sums(const PartialSums* sums, int count, void* stream);
 
 // out = x with dropped elements 0 and the kept ones times keep_scale; see qlk/dropout.h.
 struct DropoutParams {
