@@ -17,15 +17,18 @@ from qlora_kernels.formats import (
 )
 from qlora_kernels.nn import (
     LoRALinear,
+    QLoRAGroup,
     QLoRALinear,
     QuantizedEmbedding,
     QuantizedLinear,
+    group_projections,
     load_adapter,
     lora_parameters,
     replace_linear,
     save_adapter,
+    ungroup_projections,
 )
-from qlora_kernels.ops import dequantize, double_quantize, explain, quantize
+from qlora_kernels.ops import dequantize, dequantize_many, double_quantize, explain, quantize
 
 # Names of integrations, imported when they are first used: name -> module.
 _LAZY = {
@@ -50,6 +53,7 @@ __all__ = [
     "Codebook",
     "Format",
     "LoRALinear",
+    "QLoRAGroup",
     "QLoRAKernelsConfig",
     "QLoRALinear",
     "QuantizedEmbedding",
@@ -60,9 +64,11 @@ __all__ = [
     "calibrate",
     "deaccelerate",
     "dequantize",
+    "dequantize_many",
     "double_quantize",
     "explain",
     "get_format",
+    "group_projections",
     "initialize_adapters",
     "list_formats",
     "load_adapter",
@@ -75,5 +81,6 @@ __all__ = [
     "register_format",
     "replace_linear",
     "save_adapter",
+    "ungroup_projections",
     "unpatch_bitsandbytes",
 ]

@@ -30,6 +30,7 @@ _PUBLIC_DTYPES = {
     "quantize": WEIGHT_DTYPES,
     "double_quantize": (torch.float32,),
     "dequantize": WEIGHT_DTYPES,
+    "dequantize_many": WEIGHT_DTYPES,
 }
 
 

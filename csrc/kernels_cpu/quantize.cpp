@@ -79,32 +79,27 @@ float magnitude_value(DType dtype, uint32_t bits) {
   return std::isfinite(value) ? value : std::numeric_limits<float>::quiet_NaN();
 }
 
-float element(DType dtype, const void* weight, int64_t i) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(weight)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(weight)[i];
-  return dtype == DType::kFloat16 ? half_to_float(bits) : bf16_to_float(bits);
-}
-
 int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// Codes of one block against a decoded scale: up iff |scale| * midpoint < copysign(1, scale) * w in
-// fp64, where a product of two fp32 values is exact.
-void encode_decoded(const QuantizeParams& p, const void* weight, float scale, uint8_t* codes) {
-  double limits[15];
-  const int n_limits = p.n_levels - 1;
-  for (int i = 0; i < n_limits; ++i)
-    limits[i] = p.midpoints[i] * std::fabs(static_cast<double>(scale));
-  const double sign = std::copysign(1.0, static_cast<double>(scale));
-  for (int64_t i = 0; i < p.block_size; i += 2) {
-    uint32_t pair[2];
-    for (int64_t j = 0; j < 2; ++j) {
-      const double w = sign * static_cast<double>(element(p.dtype, weight, i + j));
-      int rank = 0;
-      for (int k = 0; k < n_limits; ++k) rank += w > limits[k];
-      pair[j] = p.rank_codes[rank];
-    }
-    codes[i / 2] = static_cast<uint8_t>(pair[0] << 4 | pair[1]);
-  }
+// The largest float that is not above x.
+float round_down(double x) {
+  const float nearest = static_cast<float>(x);
+  return static_cast<double>(nearest) > x
+             ? std::nextafter(nearest, -std::numeric_limits<float>::infinity())
+             : nearest;
+}
+
+// Codes of one block against a decoded scale: up iff |scale| * midpoint < copysign(1, scale) * w,
+// where a product of a midpoint and an fp32 scale is exact in fp64. An fp32 w is above it iff it is
+// above the largest fp32 number that is not, so the path's fp32 comparisons are exact as well.
+void encode_decoded(const QuantizeParams& p, const QuantizePath& path, const void* weight,
+                    float scale, uint8_t* codes) {
+  float limits[15];
+  for (int i = 0; i < p.n_levels - 1; ++i)
+    limits[i] = round_down(p.midpoints[i] * std::fabs(static_cast<double>(scale)));
+  const EncodeTree tree(limits, p.rank_codes, p.n_levels);
+  const float sign = std::copysign(1.0f, scale);
+  path.encode(weight, 1, p.block_size, &sign, tree, codes);
 }
 
 // n_blocks full blocks, the first of which is block first_block of the weight.
@@ -129,7 +124,7 @@ void quantize_group(const QuantizeParams& p, const QuantizePath& path, const Enc
       zero = zero || scale == 0 || !std::isfinite(scale);
       if (!zero) {
         const int64_t offset = b * p.block_size * element_bytes(p.dtype);
-        encode_decoded(p, static_cast<const char*>(weight) + offset, scale,
+        encode_decoded(p, path, static_cast<const char*>(weight) + offset, scale,
                        codes + b * block_bytes);
       }
     } else {

@@ -14,7 +14,9 @@ from qlora_kernels.autograd.quantized_matmul import (
     save_weight,
     shaped_like,
 )
-from qlora_kernels.formats.quantized_weight import QuantizedWeight, WeightOperands
+from qlora_kernels.autograd.stored_linear import StoredQLoRALinearFunction
+from qlora_kernels.formats.operands import StoredOperands, WeightOperands
+from qlora_kernels.formats.quantized_weight import QuantizedWeight
 from qlora_kernels.ops.checks import (
     autocast_input,
     check_adapter,
@@ -128,7 +130,7 @@ def qlora_linear(
 
 def qlora_linear_of(
     x: torch.Tensor,
-    operands: WeightOperands,
+    operands: WeightOperands | StoredOperands,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: float,
@@ -145,7 +147,11 @@ def qlora_linear_of(
         check_parameter(op, "bias", bias, (out_features,), x)
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
     rows = rows_of(x)
-    if torch.is_grad_enabled():
+    if isinstance(operands, StoredOperands):
+        y = StoredQLoRALinearFunction.apply(
+            rows, lora_a, lora_b, bias, scaling, dropout_p, seed, batch_invariant, *operands
+        )
+    elif torch.is_grad_enabled():
         y = QLoRALinearFunction.apply(
             rows, lora_a, lora_b, bias, scaling, dropout_p, seed, batch_invariant, *operands
         )

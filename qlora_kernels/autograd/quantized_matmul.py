@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.formats.quantized_weight import QuantizedWeight, WeightOperands
+from qlora_kernels.autograd.stored_linear import StoredMatmulFunction
+from qlora_kernels.formats.operands import StoredOperands, WeightOperands
+from qlora_kernels.formats.quantized_weight import QuantizedWeight
 from qlora_kernels.ops.checks import autocast_input, check_parameter, check_x, weight_operands
 
 # The overloads themselves: finding them by name on every call takes microseconds.
@@ -104,7 +106,7 @@ def quantized_linear(
 
 def quantized_linear_of(
     x: torch.Tensor,
-    operands: WeightOperands,
+    operands: WeightOperands | StoredOperands,
     bias: torch.Tensor | None,
     batch_invariant: bool,
     op: str = "quantized_linear",
@@ -115,7 +117,9 @@ def quantized_linear_of(
     if bias is not None:
         check_parameter(op, "bias", bias, (out_features,), x)
     rows = rows_of(x)
-    if torch.is_grad_enabled():
+    if isinstance(operands, StoredOperands):
+        y = StoredMatmulFunction.apply(rows, bias, batch_invariant, *operands)
+    elif torch.is_grad_enabled():
         y = QuantizedMatmulFunction.apply(rows, bias, batch_invariant, *operands)
     else:
         y = _forward(rows, *operands, bias, batch_invariant)

@@ -166,6 +166,20 @@ def extends_backward(tokens: int, out_features: int, in_features: int, rank: int
     return rank <= LARGEST_TILE_R and 2 * in_features > out_features and tokens > FUSED_TOKENS
 
 
+def extends_group_backward(
+    tokens: int, out_features: int, in_features: int, members: int, most_rank: int
+) -> bool:
+    """Whether the dense grad_x of several projections is one GEMM over all their N and R, which
+    copies every grad_y (2M bytes for each of `out_features`, the sum of N), or is summed member by
+    member: 4MK bytes for each product after the first."""
+    products = 2 * members - 1  # grad_y Ŵ and u A of each
+    return (
+        most_rank <= LARGEST_TILE_R
+        and out_features < 2 * products * in_features
+        and tokens > FUSED_TOKENS
+    )
+
+
 def _tile_m(sizes: MatmulSizes) -> int:
     if sizes.batch_invariant:
         return _FIXED_TILE_M

@@ -23,10 +23,13 @@ OPS = (
     "quantize",
     "double_quantize",
     "dequantize",
+    "dequantize_many",
     "quantized_matmul",
     "quantized_matmul_backward_input",
     "qlora_linear",
     "qlora_linear_backward",
+    "qlora_group",
+    "qlora_group_backward",
     "dropout",
 )
 

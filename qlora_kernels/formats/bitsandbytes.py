@@ -38,6 +38,12 @@ def _dtype_from(name: object, what: str) -> torch.dtype:
     return dtype
 
 
+def quant_type_of(fmt: Format) -> str | None:
+    """bitsandbytes' name of a format that its layout can hold, or None."""
+    held = fmt.plain and fmt.scale_store in ("fp32", "double_quant")
+    return fmt.codebook.name if held and fmt.codebook.name in QUANT_TYPES else None
+
+
 def to_state_dict(
     qw: QuantizedWeight, prefix: str = "weight.", quant_storage: torch.dtype = torch.uint8
 ) -> dict[str, torch.Tensor]:
@@ -52,9 +58,9 @@ def to_state_dict(
         ArgumentError: a format bitsandbytes does not have, or bytes that quant_storage does not
         divide.
     """
-    quant_type = qw.format.codebook.name
-    if quant_type not in QUANT_TYPES:
-        raise argument_error("to_state_dict", "format", f"one of {QUANT_TYPES}", quant_type)
+    quant_type = quant_type_of(qw.format)
+    if quant_type is None:
+        raise argument_error("to_state_dict", "format", f"one of {QUANT_TYPES}", qw.format.name)
     if not isinstance(quant_storage, torch.dtype):
         raise type_error("to_state_dict", "quant_storage", "a torch dtype", quant_storage)
     if qw.codes.numel() % quant_storage.itemsize:

@@ -16,4 +16,4 @@ FP4 = Codebook(
     source="bitsandbytes 0.50 (csrc/kernels.cu, dDequantizeFP4)",
 )
 
-register_format(Format("fp4", FP4))
+register_format(Format("fp4", FP4, encode_against="original"))

@@ -10,4 +10,4 @@ INT4 = Codebook(
     source="symmetric uniform grid, absmax scaling (QLoRA table 2, Int4)",
 )
 
-register_format(Format("int4", INT4))
+register_format(Format("int4", INT4, encode_against="original"))

@@ -32,4 +32,4 @@ NF4 = Codebook(
     source="bitsandbytes 0.50 (csrc), QLoRA appendix E",
 )
 
-register_format(Format("nf4", NF4))
+register_format(Format("nf4", NF4, encode_against="original"))

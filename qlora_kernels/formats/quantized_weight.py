@@ -6,60 +6,53 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from qlora_kernels.errors import argument_error, type_error
-from qlora_kernels.formats.dynamic8 import dynamic8_table
 from qlora_kernels.formats.format import Format
-from qlora_kernels.formats.packing import n_blocks, packed_size
+from qlora_kernels.formats.operands import StoredOperands, WeightOperands, assemble_operands
 from qlora_kernels.formats.registry import get_format
+from qlora_kernels.formats.scale_store import FLOAT_STORES
+
+__all__ = ["TENSOR_FIELDS", "WEIGHT_DTYPES", "QuantizedWeight", "StoredOperands", "WeightOperands"]
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_TENSOR_FIELDS = (
+TENSOR_FIELDS = (
     "codes",
     "absmax",
     "scale_codes",
     "scale_absmax",
     "scale_offset",
     "scale_codebook",
+    "shift",
+    "shift_codes",
+    "shift_absmax",
+    "shift_offset",
+    "tables",
 )
-
-
-class WeightOperands(NamedTuple):
-    """A 2-D quantized weight as kernels take it: tensors and plain numbers, no names.
-
-    codes u8 [ceil(N·K/2)]; either absmax fp32 [n_blocks], or scale_codes u8 [n_blocks],
-    scale_absmax fp32 [ceil(n_blocks/scale_block_size)], scale_offset fp32 [1] and scale_codebook
-    fp32 [256]; codebook fp32 [16], by code, unused entries NaN; shape (N, K).
-    """
-
-    codes: torch.Tensor
-    absmax: torch.Tensor | None
-    scale_codes: torch.Tensor | None
-    scale_absmax: torch.Tensor | None
-    scale_offset: torch.Tensor | None
-    codebook: torch.Tensor
-    scale_codebook: torch.Tensor | None
-    shape: tuple[int, ...]
-    block_size: int
-    scale_block_size: int
+_SCALES = TENSOR_FIELDS[1:5]
+_BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A weight in 4-bit storage; `formats.md`'s canonical (bitsandbytes) layout.
+    """A weight in 4-bit (or 2- or 3-bit) storage; nf4 and fp4 in bitsandbytes' layout.
+
+    Which tensors there are, and their sizes, is `format.tensor_sizes(shape)`; the others are None.
 
     Attributes:
-        codes: u8 [ceil(numel/2)], element 2i in the high nibble.
+        codes: u8 [ceil(numel/2)], element 2i in the high nibble; densely packed, see `pack_dense`.
         shape, dtype: of the weight it stands for; dtype is what dequantize returns by default.
         format: the Format with the block size and scale store actually used.
-        absmax: fp32 [n_blocks], or None when double-quantized.
-        scale_codes, scale_absmax, scale_offset: u8 [n_blocks], fp32 [ceil(n_blocks/256)], fp32
-            [1]; None otherwise.
+        absmax: [n_blocks] scales in fp32, fp16 or bf16.
+        scale_codes, scale_absmax, scale_offset: scales in 8 bits: u8 [n_blocks], fp32 second-level
+            scales (double-quantized: [ceil(n_blocks/256)]), fp32 [1].
         scale_codebook: fp32 [256] when it is not dynamic8 (a checkpoint that brings its own), else
             None.
+        shift; shift_codes, shift_absmax, shift_offset: the shifts, stored as the scales are.
+        tables: fp16 [L], or [N·L] with a table per row, learned for this weight, ascending.
     """
 
     codes: torch.Tensor
@@ -71,6 +64,11 @@ class QuantizedWeight:
     scale_absmax: torch.Tensor | None = None
     scale_offset: torch.Tensor | None = None
     scale_codebook: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    shift_codes: torch.Tensor | None = None
+    shift_absmax: torch.Tensor | None = None
+    shift_offset: torch.Tensor | None = None
+    tables: torch.Tensor | None = None
 
     @classmethod
     def from_parts(
@@ -86,29 +84,31 @@ class QuantizedWeight:
         scale_absmax: torch.Tensor | None = None,
         scale_offset: torch.Tensor | None = None,
         scale_codebook: torch.Tensor | None = None,
+        **others: torch.Tensor | None,
     ) -> QuantizedWeight:
         """Assemble a weight from its tensors, checking sizes, dtypes and devices; nothing is
         copied.
 
+        Which kind of scales is given decides between fp32 and double-quantized scales. `others`
+        are the tensors of shifts and learned tables.
+
         Raises:
-            ArgumentError: sizes that do not fit, both or neither kind of scales.
+            ArgumentError: sizes that do not fit, both or neither kind of scales, a tensor that the
+                format does not have, or lacks.
             ArgumentTypeError: a tensor of the wrong dtype.
         """
         op = "QuantizedWeight.from_parts"
-        nested = (scale_codes, scale_absmax, scale_offset)
-        if (absmax is None) == all(part is None for part in nested) or (
-            absmax is None and any(part is None for part in nested)
-        ):
-            raise argument_error(
-                op,
-                "scales",
-                "either absmax or all of scale_codes, scale_absmax, scale_offset",
-                [
-                    n
-                    for n, p in zip(_TENSOR_FIELDS[1:5], (absmax, *nested), strict=True)
-                    if p is not None
-                ],
-            )
+        given: dict[str, torch.Tensor | None] = {
+            "codes": codes,
+            "absmax": absmax,
+            "scale_codes": scale_codes,
+            "scale_absmax": scale_absmax,
+            "scale_offset": scale_offset,
+            "scale_codebook": scale_codebook,
+            **others,
+        }
+        fmt = get_format(format).override(block_size, double_quant=absmax is None)
+        _check_scales(op, fmt, given)
         if dtype not in WEIGHT_DTYPES:
             raise type_error(op, "dtype", "float32, float16 or bfloat16", dtype)
         if not isinstance(codes, torch.Tensor):
@@ -116,30 +116,14 @@ class QuantizedWeight:
         shape = tuple(int(s) for s in shape)
         if any(s < 0 for s in shape):
             raise argument_error(op, "shape", "non-negative", shape)
-        fmt = get_format(format).override(block_size, double_quant=absmax is None)
-        numel = _numel(shape)
-        blocks = n_blocks(numel, fmt.block_size)
-        expected: dict[str, tuple[torch.Tensor | None, torch.dtype, int]] = {
-            "codes": (codes, torch.uint8, packed_size(numel)),
-            "absmax": (absmax, torch.float32, blocks),
-            "scale_codes": (scale_codes, torch.uint8, blocks),
-            "scale_absmax": (scale_absmax, torch.float32, n_blocks(blocks, fmt.scale_block_size)),
-            "scale_offset": (scale_offset, torch.float32, 1),
-            "scale_codebook": (scale_codebook, torch.float32, 256),
-        }
-        parts: dict[str, torch.Tensor | None] = {}
-        for name, (tensor, want, size) in expected.items():
-            if tensor is None:
-                parts[name] = None
-                continue
-            if tensor.dtype != want:
-                raise type_error(op, name, want, tensor.dtype)
-            if tensor.numel() != size:
-                raise argument_error(op, name, f"{size} elements for shape {shape}", tensor.numel())
-            if tensor.device != codes.device:
-                raise argument_error(op, name, f"on {codes.device} like codes", tensor.device)
-            parts[name] = tensor.reshape(-1)
-        return cls(shape=shape, dtype=dtype, format=fmt, **parts)  # type: ignore[arg-type]
+        parts: dict[str, Any] = {}
+        for name, tensor in given.items():
+            if tensor is not None:
+                parts[name] = _checked(op, fmt, shape, codes, name, tensor)
+        missing = [name for name in fmt.tensor_sizes(shape) if name not in parts]
+        if missing:
+            raise argument_error(op, missing[0], f"given for format {fmt.name!r}", None)
+        return cls(shape=shape, dtype=dtype, format=fmt, **parts)
 
     @classmethod
     def empty(
@@ -150,16 +134,8 @@ class QuantizedWeight:
         device: torch.device | str = "meta",
     ) -> QuantizedWeight:
         """A weight whose tensors have the right sizes and no values: something to load into."""
-        fmt, numel = get_format(format), _numel(tuple(shape))
-        blocks = n_blocks(numel, fmt.block_size)
-        sizes: dict[str, tuple[int, torch.dtype]] = {"absmax": (blocks, torch.float32)}
-        if fmt.double_quant:
-            sizes = {
-                "scale_codes": (blocks, torch.uint8),
-                "scale_absmax": (n_blocks(blocks, fmt.scale_block_size), torch.float32),
-                "scale_offset": (1, torch.float32),
-            }
-        sizes["codes"] = (packed_size(numel), torch.uint8)
+        fmt = get_format(format)
+        sizes = fmt.tensor_sizes(tuple(shape))
         tensors: dict[str, Any] = {
             name: torch.empty(size, dtype=kind, device=device)
             for name, (size, kind) in sizes.items()
@@ -180,7 +156,7 @@ class QuantizedWeight:
         """The stored tensors by field name, absent ones left out."""
         return {
             name: tensor
-            for name in _TENSOR_FIELDS
+            for name in TENSOR_FIELDS
             if isinstance(tensor := getattr(self, name), torch.Tensor)
         }
 
@@ -199,24 +175,69 @@ class QuantizedWeight:
         moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors().items()}
         return dataclasses.replace(self, **moved)
 
-    def operands(self) -> WeightOperands:
-        """What kernels take."""
-        fmt = self.format
-        scale_codebook = self.scale_codebook
-        if self.absmax is None and scale_codebook is None:
-            scale_codebook = dynamic8_table(self.device)
-        return WeightOperands(
-            self.codes,
-            self.absmax,
-            self.scale_codes,
-            self.scale_absmax,
-            self.scale_offset,
-            fmt.codebook.table(self.device),
-            scale_codebook,
-            self.shape,
-            fmt.block_size,
-            fmt.scale_block_size,
-        )
+    def operands(self) -> WeightOperands | StoredOperands:
+        """What the ops take; a `WeightOperands` is what kernels take as well."""
+        tensors = {name: getattr(self, name) for name in TENSOR_FIELDS}
+        return assemble_operands(self.format, self.shape, tensors)
+
+
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A stored tensor as integers of the same bits, as layers and checkpoints hold it: fp32 as
+    int32, 16-bit floats as int16, codes as they are."""
+    return tensor.view(_BITS.get(tensor.dtype, tensor.dtype))
+
+
+def values_of(bits: torch.Tensor, field: str, fmt: Format) -> torch.Tensor:
+    """The inverse of `bits_of` for a field of a QuantizedWeight of `fmt`."""
+    if bits.dtype == torch.int32:
+        return bits.view(torch.float32)
+    if bits.dtype != torch.int16:
+        return bits
+    narrow = torch.float16 if field == "tables" else FLOAT_STORES.get(fmt.scale_store)
+    return bits if narrow is None else bits.view(narrow)
+
+
+def is_table_of(table: torch.Tensor | None, fmt: Format) -> bool:
+    """Whether a stored table fp32 [16] is the format's, bit for bit; a format whose tables are
+    learned has none of its own (None)."""
+    if table is None or fmt.lut_scope != "global":
+        return table is None and fmt.lut_scope != "global"
+    own = fmt.codebook.table(table.device)
+    return torch.equal(table.view(torch.int32), own.view(torch.int32))
+
+
+def _check_scales(op: str, fmt: Format, given: dict[str, torch.Tensor | None]) -> None:
+    """One kind of scales, whole: all that the format's store has."""
+    wanted = [name for name in fmt.tensor_sizes((0,)) if name in _SCALES]
+    found = [name for name in _SCALES if given[name] is not None]
+    if found != wanted:
+        rule = "either absmax or all of scale_codes, scale_absmax, scale_offset"
+        if fmt.scale_store not in ("fp32", "double_quant"):
+            rule = f"{', '.join(wanted)} for format {fmt.name!r}"
+        raise argument_error(op, "scales", rule, found)
+
+
+def _checked(
+    op: str,
+    fmt: Format,
+    shape: tuple[int, ...],
+    codes: torch.Tensor,
+    name: str,
+    tensor: torch.Tensor,
+) -> torch.Tensor:
+    sizes = fmt.tensor_sizes(shape)
+    if fmt.double_quant:
+        sizes["scale_codebook"] = (256, torch.float32)
+    if name not in sizes:
+        raise argument_error(op, name, f"None for format {fmt.name!r}", "a tensor")
+    size, want = sizes[name]
+    if tensor.dtype != want:
+        raise type_error(op, name, want, tensor.dtype)
+    if tensor.numel() != size:
+        raise argument_error(op, name, f"{size} elements for shape {shape}", tensor.numel())
+    if tensor.device != codes.device:
+        raise argument_error(op, name, f"on {codes.device} like codes", tensor.device)
+    return tensor.reshape(-1)
 
 
 def _numel(shape: tuple[int, ...]) -> int:

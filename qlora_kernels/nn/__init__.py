@@ -2,7 +2,9 @@
 
 from qlora_kernels.nn.adapter import LoRAAdapter, lora_parameters
 from qlora_kernels.nn.adapter_files import load_adapter, save_adapter
+from qlora_kernels.nn.grouping import GroupReport, group_projections, ungroup_projections
 from qlora_kernels.nn.lora_linear import LoRALinear
+from qlora_kernels.nn.qlora_group import QLoRAGroup
 from qlora_kernels.nn.qlora_linear import QLoRALinear
 from qlora_kernels.nn.quantized_embedding import QuantizedEmbedding
 from qlora_kernels.nn.quantized_experts import QuantizedExperts
@@ -11,16 +13,20 @@ from qlora_kernels.nn.replace import ReplaceReport, replace_linear
 from qlora_kernels.nn.stored_weight import StoredWeight
 
 __all__ = [
+    "GroupReport",
     "LoRAAdapter",
     "LoRALinear",
+    "QLoRAGroup",
     "QLoRALinear",
     "QuantizedEmbedding",
     "QuantizedExperts",
     "QuantizedLinear",
     "ReplaceReport",
     "StoredWeight",
+    "group_projections",
     "load_adapter",
     "lora_parameters",
     "replace_linear",
     "save_adapter",
+    "ungroup_projections",
 ]

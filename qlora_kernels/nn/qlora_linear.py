@@ -103,8 +103,8 @@ class QLoRALinear(LoRAAdapter, QuantizedLinear):
         )
         return layer.train(linear.training)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """x [..., K] to [..., N]; see `qlora_kernels.qlora_linear`."""
+    def compute(self, input: torch.Tensor) -> torch.Tensor:
+        """x [..., K] to [..., N], by this layer alone; see `qlora_kernels.qlora_linear`."""
         merged = self.merged
         if merged is not None:
             return self._merged_forward(merged, input)

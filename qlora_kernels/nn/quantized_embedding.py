@@ -8,7 +8,8 @@ from torch import nn
 
 from qlora_kernels.errors import argument_error, type_error
 from qlora_kernels.formats.format import Format
-from qlora_kernels.formats.quantized_weight import QuantizedWeight, WeightOperands
+from qlora_kernels.formats.operands import WeightOperands
+from qlora_kernels.formats.quantized_weight import QuantizedWeight
 from qlora_kernels.nn.stored_weight import StoredWeight
 from qlora_kernels.ops import quantize
 
@@ -16,8 +17,9 @@ from qlora_kernels.ops import quantize
 class QuantizedEmbedding(StoredWeight, nn.Embedding):
     """Rows of Ŵ [num_embeddings, embedding_dim], dequantized as they are looked up.
 
-    Where embedding_dim is a multiple of the block size, only the rows that are asked for are
-    decoded, bit for bit what they are in the whole table; otherwise all of it is, for each call.
+    Where embedding_dim is a multiple of the block size and the format is `Format.plain`, only the
+    rows that are asked for are decoded, bit for bit what they are in the whole table; otherwise all
+    of it is, for each call.
 
     Attributes:
         weight, weight_*: the quantized table, frozen; see `StoredWeight`.
@@ -63,7 +65,7 @@ class QuantizedEmbedding(StoredWeight, nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Integer ids of any shape to [..., embedding_dim] in the dtype the table had."""
-        if self.embedding_dim % self.format.block_size:
+        if self.embedding_dim % self.format.block_size or not self.format.plain:
             return F.embedding(input, self.dequantize())
         ids = input.reshape(-1)
         rows: torch.Tensor = torch.ops.qlora_kernels.dequantize(*self._rows(ids), self.weight_dtype)
@@ -72,6 +74,7 @@ class QuantizedEmbedding(StoredWeight, nn.Embedding):
     def _rows(self, ids: torch.Tensor) -> WeightOperands:
         """The operands of the matrix that these rows make, with scales that are decoded."""
         stored = self.operands()
+        assert isinstance(stored, WeightOperands)  # the format is plain
         per_row = self.embedding_dim // stored.block_size
         codes = stored.codes.view(self.num_embeddings, -1)[ids].view(-1)
         at = (ids[:, None] * per_row + torch.arange(per_row, device=ids.device)).view(-1)
@@ -79,6 +82,7 @@ class QuantizedEmbedding(StoredWeight, nn.Embedding):
             scales = stored.absmax[at]
         else:
             nested = self.quantized_weight.operands()
+            assert isinstance(nested, WeightOperands)
             assert nested.scale_codes is not None and nested.scale_codebook is not None
             assert nested.scale_absmax is not None and nested.scale_offset is not None
             decoded = nested.scale_codebook[nested.scale_codes[at].long()]

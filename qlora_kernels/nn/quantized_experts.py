@@ -10,10 +10,15 @@ from torch import nn
 
 from qlora_kernels.autograd.qlora_linear import qlora_linear_of
 from qlora_kernels.autograd.quantized_matmul import quantized_linear_of
-from qlora_kernels.formats.dynamic8 import dynamic8_table
-from qlora_kernels.formats.quantized_weight import QuantizedWeight, WeightOperands
+from qlora_kernels.formats.operands import StoredOperands, WeightOperands, assemble_operands
+from qlora_kernels.formats.quantized_weight import (
+    TENSOR_FIELDS,
+    QuantizedWeight,
+    bits_of,
+    values_of,
+)
 
-_FIELDS = ("codes", "absmax", "scale_codes", "scale_absmax", "scale_offset")
+_FIELDS = tuple(field for field in TENSOR_FIELDS if field != "scale_codebook")
 
 
 class QuantizedExperts(nn.Module):
@@ -22,7 +27,8 @@ class QuantizedExperts(nn.Module):
     Each expert's matrix [N, K] of a projection is a quantized weight of its own; an expert's
     products run as `quantized_linear` over the tokens that chose it. Stored as
     parameters: `<projection>` u8 [experts, ceil(N·K/2)], `<projection>_absmax` or
-    `<projection>_scale_*` [experts, …] and `<projection>_codebook` [16], fp32 values as int32 bits.
+    `<projection>_scale_*` [experts, …] and the other tensors that the format has, and
+    `<projection>_codebook` [16]; floating-point values as integers of the same bits.
 
     While `adapters` is set, projection -> list of (A [experts, R, K], B [experts, N, R], scaling),
     a product includes them, the first one fused.
@@ -47,25 +53,17 @@ class QuantizedExperts(nn.Module):
         for name, parameter in expert_parameters(projection, experts).items():
             self.register_parameter(name, parameter)
 
-    def operands(self, projection: str, expert: int) -> WeightOperands:
-        """What the kernels take of one expert's matrix; it shares the stack's memory."""
-        like = self.projections[projection]
-        held: dict[str, Any] = {}
+    def operands(self, projection: str, expert: int) -> WeightOperands | StoredOperands:
+        """What the ops take of one expert's matrix; it shares the stack's memory."""
+        fmt = self.projections[projection].format
+        held: dict[str, torch.Tensor] = {}
         for field in _FIELDS:
             stacked = self._parameters.get(_name(projection, field))
-            row = None if stacked is None else stacked[expert]
-            is_bits = row is not None and row.dtype == torch.int32
-            held[field] = row.view(torch.float32) if row is not None and is_bits else row
-        codebook = self._parameters[f"{projection}_codebook"]
-        assert codebook is not None
-        return WeightOperands(
-            **held,
-            codebook=codebook.view(torch.float32),
-            scale_codebook=None,
-            shape=like.shape,
-            block_size=like.format.block_size,
-            scale_block_size=like.format.scale_block_size,
-        )
+            if stacked is not None:
+                held[field] = values_of(stacked[expert], field, fmt)
+        codebook = self._parameters.get(f"{projection}_codebook")
+        table = None if codebook is None else codebook.view(torch.float32)
+        return assemble_operands(fmt, self.projections[projection].shape, held, table)
 
     def product(self, x: torch.Tensor, projection: str, expert: int) -> torch.Tensor:
         """x [tokens, K] times an expert's matrix, and what adapters add: [tokens, N]."""
@@ -82,12 +80,12 @@ class QuantizedExperts(nn.Module):
     def dequantize(self, projection: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The dense stack [experts, N, K]."""
         like = self.projections[projection]
-        dense = [
-            torch.ops.qlora_kernels.dequantize(
-                *_complete(self.operands(projection, e)), dtype or like.dtype
-            )
-            for e in range(self.num_experts)
-        ]
+        ops, dense = torch.ops.qlora_kernels, []
+        for expert in range(self.num_experts):
+            operands = self.operands(projection, expert)
+            stored = isinstance(operands, StoredOperands)
+            op = ops.stored_dequantize if stored else ops.dequantize
+            dense.append(op(*operands, dtype or like.dtype))
         return torch.stack(dense)
 
     def forward(
@@ -137,17 +135,8 @@ def expert_parameters(
         if getattr(experts[0], field) is not None:
             found[_name(projection, field)] = torch.stack([getattr(e, field) for e in experts])
     first = experts[0]
-    found[f"{projection}_codebook"] = first.format.codebook.table(first.device).clone()
+    if first.tables is None:
+        found[f"{projection}_codebook"] = first.format.codebook.table(first.device).clone()
     return {
-        name: nn.Parameter(
-            tensor.view(torch.int32) if tensor.is_floating_point() else tensor, requires_grad=False
-        )
-        for name, tensor in found.items()
+        name: nn.Parameter(bits_of(tensor), requires_grad=False) for name, tensor in found.items()
     }
-
-
-def _complete(operands: WeightOperands) -> WeightOperands:
-    """With the table of the scales, which dequantize wants to be told."""
-    if operands.absmax is not None:
-        return operands
-    return operands._replace(scale_codebook=dynamic8_table(operands.codes.device))

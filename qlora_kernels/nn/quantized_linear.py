@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -66,8 +68,27 @@ class QuantizedLinear(StoredWeight, nn.Linear):
         qw = quantize_linear(cls.__name__, linear, format, block_size, double_quant)
         return cls(qw, linear.bias, batch_invariant).train(linear.training)
 
+    @property
+    def group(self) -> Any:
+        """The `QLoRAGroup` that answers this layer's calls, or None."""
+        return self.__dict__.get("_group")
+
+    @group.setter
+    def group(self, group: Any) -> None:
+        # A plain attribute: a group holds the layers it is of.
+        object.__setattr__(self, "_group", group)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """x [..., K] to [..., N]; see `qlora_kernels.quantized_linear`."""
+        """x [..., K] to [..., N]; see `compute`."""
+        group = self.__dict__.get("_group")
+        if group is not None:
+            output: torch.Tensor | None = group.output_of(self, input)
+            if output is not None:
+                return output
+        return self.compute(input)
+
+    def compute(self, input: torch.Tensor) -> torch.Tensor:
+        """x [..., K] to [..., N], by this layer alone; see `qlora_kernels.quantized_linear`."""
         return quantized_linear_of(
             input, self.operands(), self.bias, self.batch_invariant, type(self).__name__
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -46,7 +46,7 @@ def replace_linear(
     target: str | Sequence[str] = "all-linear",
     skip: Sequence[str] = ("lm_head",),
     quantize: bool = True,
-    format: str | Format = "nf4",
+    format: str | Format | Mapping[str, str | Format] = "nf4",
     block_size: int | None = None,
     double_quant: bool | None = None,
     dropout: float = 0.0,
@@ -67,13 +67,14 @@ def replace_linear(
         skip: names, or ends of names, that are left alone.
         quantize: quantize the weights; False makes `LoRALinear` over the dense ones.
         format, block_size, double_quant: see `qlora_kernels.quantize`. A layer that is already
-            quantized keeps its tensors.
+            quantized keeps its tensors. Instead of one format, a mapping gives each layer its own,
+            by whole name (as `lab sensitivity` finds them).
         batch_invariant: see `quantized_linear`.
 
     Raises:
         ArgumentError: a target that no linear layer matches, a rank above min(N, K) of a layer, a
-            weight that cannot be quantized. The model is unchanged then, except where a weight
-            turns out not to be finite: the layers before it are converted.
+            mapping that lacks one, a weight that cannot be quantized. The model is unchanged then,
+            except where a weight turns out not to be finite: the layers before it are converted.
     """
     if isinstance(model, nn.Linear):
         raise argument_error(
@@ -98,6 +99,8 @@ def replace_linear(
         raise argument_error(_OP, "target", "matched by a linear layer", names or "no linear layer")
     for name, module in chosen.items():
         check_rank(f"{_OP}: {name}", rank, module.out_features, module.in_features)
+        if isinstance(format, Mapping) and name not in format:
+            raise argument_error(_OP, "format", "a format for every layer", f"none for {name}")
     adapter = {"rank": rank, "alpha": alpha, "dropout": dropout, "rslora": rslora}
     converted: dict[int, nn.Module] = {}  # a module may be held in several places
     for name in list(chosen):
@@ -107,7 +110,7 @@ def replace_linear(
             if quantize or isinstance(linear, QuantizedLinear):
                 layer = QLoRALinear.from_linear(
                     linear,
-                    format=format,
+                    format=format[name] if isinstance(format, Mapping) else format,
                     block_size=block_size,
                     double_quant=double_quant,
                     batch_invariant=batch_invariant,

@@ -9,32 +9,35 @@ from torch import nn
 
 from qlora_kernels.errors import argument_error, type_error
 from qlora_kernels.formats.format import Format
-from qlora_kernels.formats.quantized_weight import QuantizedWeight, WeightOperands
+from qlora_kernels.formats.operands import StoredOperands, WeightOperands, assemble_operands
+from qlora_kernels.formats.quantized_weight import (
+    TENSOR_FIELDS,
+    QuantizedWeight,
+    bits_of,
+    values_of,
+)
 from qlora_kernels.ops import dequantize
 
 # Field of QuantizedWeight -> name of the parameter that holds it.
 _PARAMETERS = {
-    "codes": "weight",
-    "absmax": "weight_absmax",
-    "scale_codes": "weight_scale_codes",
-    "scale_absmax": "weight_scale_absmax",
-    "scale_offset": "weight_scale_offset",
-    "scale_codebook": "weight_scale_codebook",
+    field: "weight" if field == "codes" else f"weight_{field}" for field in TENSOR_FIELDS
 }
 
 
 class StoredWeight(nn.Module):
     """Mixin of a layer that holds a `QuantizedWeight`.
 
-    Every stored tensor is a parameter of an integer dtype, fp32 scales and the codebook as int32
-    views of their bits: `.to(dtype)`, autocast and FSDP's mixed precision would round them
+    Every stored tensor is a parameter of an integer dtype, scales, shifts and tables as int32 or
+    int16 views of their bits: `.to(dtype)`, autocast and FSDP's mixed precision would round them
     silently otherwise.
 
     Attributes:
-        weight: u8 [ceil(numel/2)], the packed codes.
-        weight_absmax, or weight_scale_codes, weight_scale_absmax, weight_scale_offset: the scales
-            (see `QuantizedWeight`); those that the format does not have are None.
-        weight_codebook: int32 [16], the bits of the table; a state of another format is refused.
+        weight: u8, the packed codes.
+        weight_absmax, or weight_scale_codes, weight_scale_absmax, weight_scale_offset: the scales;
+            weight_shift, or weight_shift_*: the shifts; weight_tables: a learned table (see
+            `QuantizedWeight`); those that the format does not have are None.
+        weight_codebook: int32 [16], the bits of the format's table, None where tables are learned;
+            a state of another format is refused.
         weight_shape, weight_dtype: of the weight that is stored.
     """
 
@@ -57,24 +60,32 @@ class StoredWeight(nn.Module):
         self.weight_dtype = qw.dtype
         for field, parameter in _PARAMETERS.items():
             self.register_parameter(parameter, _frozen_bits(getattr(qw, field)))
-        codebook = qw.format.codebook.table(qw.device).clone()
+        learned = qw.tables is not None
+        codebook = None if learned else qw.format.codebook.table(qw.device).clone()
         self.register_parameter("weight_codebook", _frozen_bits(codebook))
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
         """The stored weight; it shares the layer's memory."""
-        tensors: dict[str, Any] = {}
+        shape, tensors = self.weight_shape, self._tensors()
+        return QuantizedWeight(shape=shape, dtype=self.weight_dtype, format=self.format, **tensors)
+
+    def _tensors(self) -> dict[str, Any]:
+        """The stored tensors by field of QuantizedWeight, in their own dtypes."""
+        found: dict[str, Any] = {}
         for field, parameter in _PARAMETERS.items():
             bits = self._parameters[parameter]
             if bits is not None:
-                tensors[field] = _values(bits.detach())
-        shape = self.weight_shape
-        return QuantizedWeight(shape=shape, dtype=self.weight_dtype, format=self.format, **tensors)
+                found[field] = values_of(bits.detach(), field, self.format)
+        return found
 
-    def operands(self) -> WeightOperands:
-        """What the kernels take."""
-        # Spelled out, because it is on the path of every forward.
+    def operands(self) -> WeightOperands | StoredOperands:
+        """What the ops take."""
         held, fmt = self._parameters, self.format
+        if not fmt.plain or fmt.scale_store not in ("fp32", "double_quant"):
+            codebook = _values(held["weight_codebook"])
+            return assemble_operands(fmt, self.weight_shape, self._tensors(), codebook)
+        # Spelled out, because it is on the path of every forward.
         nested = held["weight_absmax"] is None
         return WeightOperands(
             self.weight,
@@ -122,8 +133,8 @@ class StoredWeight(nn.Module):
 
     def _format_repr(self) -> str:
         fmt = self.format
-        nested = ", double_quant" if fmt.double_quant else ""
-        return f"format={fmt.name}, block_size={fmt.block_size}{nested}"
+        store = "" if fmt.scale_store == "fp32" else f", {fmt.scale_store}"
+        return f"format={fmt.name}, block_size={fmt.block_size}{store}"
 
     def _load_from_state_dict(
         self,
@@ -150,10 +161,7 @@ class StoredWeight(nn.Module):
 
 
 def _frozen_bits(tensor: torch.Tensor | None) -> nn.Parameter | None:
-    if tensor is None:
-        return None
-    bits = tensor.view(torch.int32) if tensor.is_floating_point() else tensor
-    return nn.Parameter(bits, requires_grad=False)
+    return None if tensor is None else nn.Parameter(bits_of(tensor), requires_grad=False)
 
 
 def _values(bits: torch.Tensor | None) -> Any:

@@ -10,13 +10,14 @@ import math
 import torch
 
 from qlora_kernels.errors import argument_error, type_error
-from qlora_kernels.formats.quantized_weight import QuantizedWeight, WeightOperands
+from qlora_kernels.formats.operands import StoredOperands, WeightOperands
+from qlora_kernels.formats.quantized_weight import QuantizedWeight
 
 # fp64 is for gradient checks: the reference alone computes in it.
 MATMUL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def weight_operands(op: str, qw: object) -> WeightOperands:
+def weight_operands(op: str, qw: object) -> WeightOperands | StoredOperands:
     """The operands of a 2-D QuantizedWeight."""
     if not isinstance(qw, QuantizedWeight):
         raise type_error(op, "qw", "a QuantizedWeight", type(qw).__name__)

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from qlora_kernels.errors import argument_error, type_error
-from qlora_kernels.formats.codebook import Encoder, constant_tensor
 from qlora_kernels.formats.dynamic8 import SCALE_BLOCK_SIZE, dynamic8_table
 from qlora_kernels.formats.format import Format, check_block_size
+from qlora_kernels.formats.operands import StoredOperands
+from qlora_kernels.formats.packing import pack_dense, unpack
 from qlora_kernels.formats.quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from qlora_kernels.formats.registry import get_format
+from qlora_kernels.ops.encode import encode, encoder_tensors, scale_parts
 from qlora_kernels.ops.library import run_dequantize
-from qlora_kernels.reference import decode_scales_reference
+from qlora_kernels.ops.stored import dense_stored
 
 # Above it 1 / absmax is a denormal and the normalised weights lose bits.
 LARGEST_WEIGHT = 2.0**126
-
-
-def _encoder_tensors(
-    encoder: Encoder, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    boundaries, codes = encoder.boundaries, encoder.rank_codes
-    return (
-        constant_tensor(boundaries, boundaries, dtype, device),
-        constant_tensor(codes, codes, torch.uint8, device),
-    )
 
 
 def quantize(
@@ -35,16 +25,21 @@ def quantize(
     block_size: int | None = None,
     double_quant: bool | None = None,
     check_finite: bool = True,
+    importance: torch.Tensor | None = None,
 ) -> QuantizedWeight:
-    """Quantize a weight to 4 bits.
+    """Quantize a weight to 4 bits (2 or 3 where the format packs densely).
 
     Args:
         w: fp32, fp16 or bf16 of any shape; non-contiguous is fine.
         format: a registered name or a Format.
-        block_size: weights per scale, a power of two in 32 … 4096; None: the format's own (64).
-        double_quant: quantize the scales as well; None takes the format's own (True for nf4).
+        block_size: weights per scale, a power of two in 16 … 4096; None: the format's own (64).
+        double_quant: quantize the scales as well; None takes the format's own (True for nf4). A
+            format whose scales are stored neither so nor in fp32 keeps its store.
         check_finite: refuse NaN, ±Inf and magnitudes above 2^126. Unchecked, a block that holds
             NaN or Inf comes out as NaN (with double_quant the whole weight does).
+        importance: what the squared error of an element counts, to encoders that search scales and
+            to learned tables: not negative, of w's shape or one that broadcasts to it ([K]: one
+            per input channel). Others ignore it.
 
     Raises:
         ArgumentTypeError: not a tensor, or another dtype (fp64: convert it yourself, it would be
@@ -59,23 +54,46 @@ def quantize(
         check_block_size("quantize", block_size)
     fmt = get_format(format).override(block_size, double_quant)
     w = w.detach()
-    boundaries, rank_codes = _encoder_tensors(fmt.codebook.encoder, torch.float32, w.device)
-    zero_code = fmt.codebook.zero_code
+    weights = None if importance is None else _checked_importance(w, importance)
+    if fmt.encode_against == "original":
+        return _quantize_compatibly(w, fmt, check_finite)
+    if check_finite and w.numel():
+        low, high = w.aminmax()
+        if not (float(high) <= LARGEST_WEIGHT and float(low) >= -LARGEST_WEIGHT):
+            _refuse_non_finite(w)
+    return encode(w, fmt, weights, check_finite)
+
+
+def _quantize_compatibly(w: torch.Tensor, fmt: Format, check_finite: bool) -> QuantizedWeight:
+    """As bitsandbytes: codes against the exact absmax, which is then stored."""
+    boundaries, rank_codes = encoder_tensors(fmt.codebook.encoder, torch.float32, w.device)
     ops = torch.ops.qlora_kernels
-    codes, absmax = ops.quantize(w, boundaries, rank_codes, zero_code, fmt.block_size)
+    codes, absmax = ops.quantize(w, boundaries, rank_codes, fmt.codebook.zero_code, fmt.block_size)
     if check_finite and absmax.numel() and not bool((absmax <= LARGEST_WEIGHT).all()):
         _refuse_non_finite(w)
-    scales: dict[str, Any] = {"absmax": absmax}
-    if fmt.double_quant:
-        parts = ops.double_quantize(absmax, dynamic8_table(w.device), fmt.scale_block_size)
-        scales = dict(zip(("scale_codes", "scale_absmax", "scale_offset"), parts, strict=True))
-    qw = QuantizedWeight(codes=codes, shape=tuple(w.shape), dtype=w.dtype, format=fmt, **scales)
-    if fmt.encode_against == "decoded" and fmt.double_quant:
-        exact, ranks = _encoder_tensors(fmt.codebook.exact_encoder, torch.float64, w.device)
-        decoded = decode_scales_reference(qw.operands())
-        codes, _ = ops.quantize(w, exact, ranks, zero_code, fmt.block_size, decoded)
-        qw = QuantizedWeight(codes=codes, shape=tuple(w.shape), dtype=w.dtype, format=fmt, **scales)
-    return qw
+    parts = scale_parts(fmt, absmax, check_finite)
+    if fmt.code_bits != 4:
+        codes = pack_dense(unpack(codes, w.numel()), fmt.code_bits)
+    return QuantizedWeight(codes=codes, shape=tuple(w.shape), dtype=w.dtype, format=fmt, **parts)
+
+
+def _checked_importance(w: torch.Tensor, importance: object) -> torch.Tensor:
+    if not isinstance(importance, torch.Tensor) or not importance.is_floating_point():
+        got = getattr(importance, "dtype", type(importance).__name__)
+        raise type_error("quantize", "importance", "a floating-point tensor", got)
+    if importance.device != w.device:
+        raise argument_error("quantize", "importance", f"on {w.device} like w", importance.device)
+    wide = importance.detach().to(torch.float32)
+    trailing = tuple(wide.shape) if wide.dim() <= w.dim() else ()
+    fits = wide.dim() <= w.dim() and all(
+        own in (1, size) for own, size in zip(trailing[::-1], tuple(w.shape)[::-1], strict=False)
+    )
+    if not fits:
+        rule = f"one that broadcasts to {tuple(w.shape)}"
+        raise argument_error("quantize", "importance", rule, f"shape {tuple(importance.shape)}")
+    if not bool((wide >= 0).all()) or not bool(wide.isfinite().all()):
+        raise argument_error("quantize", "importance", "finite and not negative", "other values")
+    return wide.expand(w.shape)
 
 
 def _refuse_non_finite(w: torch.Tensor) -> None:
@@ -135,14 +153,19 @@ def dequantize(
     if dtype not in WEIGHT_DTYPES:
         raise type_error("dequantize", "dtype", "float32, float16 or bfloat16", dtype)
     operands = qw.operands()
+    stored = isinstance(operands, StoredOperands)
     if out is None:
-        dense: torch.Tensor = torch.ops.qlora_kernels.dequantize(*operands, dtype)
+        ops = torch.ops.qlora_kernels
+        op = ops.stored_dequantize if stored else ops.dequantize
+        dense: torch.Tensor = op(*operands, dtype)
         return dense
     wanted = (qw.shape, dtype, qw.device)
     if (tuple(out.shape), out.dtype, out.device) != wanted:
         raise argument_error(
             "dequantize", "out", f"{wanted}", (tuple(out.shape), out.dtype, out.device)
         )
+    if isinstance(operands, StoredOperands):
+        return dense_stored(operands, dtype, out)
     if not out.is_contiguous():
         out.copy_(run_dequantize(operands, dtype))
         return out

@@ -27,14 +27,15 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 def define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: define `schema` with the function as its body on every device.
 
-    The body runs with autocast off: a kernel that multiplies in fp32 means fp32.
+    The body runs with autocast off: a kernel that multiplies in fp32 means fp32. The first argument
+    is a tensor, or a list of one or more.
     """
     name = schema.split("(")[0]
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(body)
-        def without_autocast(first: torch.Tensor, *rest: Any) -> Any:
-            device_type = first.device.type
+        def without_autocast(first: Any, *rest: Any) -> Any:
+            device_type = (first[0] if isinstance(first, list) else first).device.type
             if not torch.is_autocast_enabled(device_type):
                 return body(first, *rest)
             with torch.autocast(device_type, enabled=False):

@@ -6,6 +6,8 @@ multiply-add; w = fl(table[code]·scale) in fp32; then one round-to-nearest-even
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from qlora_kernels.formats.packing import unpack
@@ -43,3 +45,15 @@ def dequantize_reference(
     scales = decode_scales_reference(operands).repeat_interleave(operands.block_size)[:numel]
     dense = (operands.codebook[codes.long()] * scales).to(dtype).reshape(shape)
     return dense if out is None else out.copy_(dense)
+
+
+def dequantize_many_reference(
+    operands: Sequence[WeightOperands],
+    dtype: torch.dtype,
+    outs: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor]:
+    """Dense weights of their own shapes, each as `dequantize_reference` gives it."""
+    return [
+        dequantize_reference(weight, weight.shape, dtype, out)
+        for weight, out in zip(operands, outs, strict=True)
+    ]

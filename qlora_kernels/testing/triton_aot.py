@@ -176,6 +176,34 @@ class Compiled:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def _type_name(value: object, may_be_constant: bool = True) -> str:
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    assert isinstance(value, int)
+    if value == 1 and may_be_constant:
+        return "constexpr"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _specialize(
+    value: object,
+    path: tuple[int, ...],
+    constants: dict[str | tuple[int, ...], Any],
+    attributes: dict[tuple[int, ...], list[list[object]]],
+) -> None:
+    """What Triton's launcher compiles for: a number that is 1, a pointer or a number that is a
+    multiple of 16."""
+    if isinstance(value, int) and value == 1:
+        constants[path] = 1
+    address = value
+    if isinstance(value, torch.Tensor):
+        address = value.storage_offset() * value.element_size()
+    if isinstance(address, int) and address % ALIGNMENT == 0:
+        attributes[path] = [["tt.divisibility", ALIGNMENT]]
+
+
 def compile_launch(launch: Launch, capability: int) -> Compiled:
     """Compile a launch for compute capability `capability` (90 is sm_90), as launching it would:
     the same signature, alignment and options. Tensors may be on the meta device."""
@@ -184,8 +212,8 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     from triton.compiler import ASTSource
 
     kernel = kernel_named(launch.kernel)
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
+    signature: dict[str, str | tuple[str, ...]] = {}
+    constants: dict[str | tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
     unspecialized = set(kernel.do_not_specialize or ())
     for position, parameter in enumerate(kernel.params):
@@ -193,19 +221,16 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         if parameter.is_constexpr or value is None:
             signature[name] = "constexpr"
             constants[name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-            if value.storage_offset() * value.element_size() % ALIGNMENT == 0:
-                attributes[(position,)] = [["tt.divisibility", ALIGNMENT]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1 and name not in unspecialized:
-            signature[name] = "constexpr"
-            constants[name] = 1
+        elif isinstance(value, tuple):
+            # Its parts are specialised on whatever the kernel says.
+            signature[name] = tuple(_type_name(part) for part in value)
+            for index, part in enumerate(value):
+                _specialize(part, (position, index), constants, attributes)
+        elif name in unspecialized and not isinstance(value, torch.Tensor):
+            signature[name] = _type_name(value, may_be_constant=False)
         else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % ALIGNMENT == 0 and name not in unspecialized:
-                attributes[(position,)] = [["tt.divisibility", ALIGNMENT]]
+            signature[name] = _type_name(value)
+            _specialize(value, (position,), constants, attributes)
     unknown = set(launch.arguments) - set(signature)
     assert not unknown, f"{launch.kernel} has no {sorted(unknown)}"
     options = {

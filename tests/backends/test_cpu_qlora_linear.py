@@ -16,7 +16,6 @@ from qlora_kernels.backends.cpu.quantized_matmul import (
     quantized_matmul_backward_input_cpu,
     quantized_matmul_cpu,
 )
-from qlora_kernels.formats import list_formats
 from qlora_kernels.reference import dropout_reference
 from qlora_kernels.testing.errors import assert_as_accurate, assert_bitwise_equal
 from qlora_kernels.testing.shapes import BLOCK_SIZES, RAGGED_WEIGHTS, TOKENS
@@ -80,7 +79,7 @@ def test_qlora_of_ragged_weights(isa: int, shape: tuple[int, int], dtype: torch.
         block_size, scales = BLOCK_SIZES[i % 3], SCALES[i % 2]
         p = random_qlora(
             tokens,
-            random_weight(shape, block_size, scales, list_formats()[i % 3], seed=i),
+            random_weight(shape, block_size, scales, ("fp4", "int4", "nf4")[i % 3], seed=i),
             RANKS[i],
             dtype,
             DTYPES[(i // 2) % 3],

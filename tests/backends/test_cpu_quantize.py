@@ -176,6 +176,24 @@ def test_quantize_against_decoded_scales_breaks_exact_ties_downwards(isa: int) -
         assert codes == expected
 
 
+@pytest.mark.parametrize("name", ["nf4", "int4", "one_sided"])
+def test_quantize_against_decoded_scales_is_exact_around_the_limits(isa: int, name: str) -> None:
+    """Weights next to midpoint times scale, which is no fp32 number: a kernel that rounded it the
+    other way would be one code off. Scales from denormal ones to near the largest, of both signs.
+    """
+    boundaries, *rest = decoded_arguments(CODEBOOKS[name])
+    scales = torch.randn(600, generator=torch.Generator().manual_seed(9))
+    scales[::50] *= 2.0**-140
+    scales[7::50] *= 2.0**120
+    limits = (boundaries[None, :] * scales.double()[:, None]).float()
+    infinity = torch.full_like(limits, math.inf)
+    around = [limits, limits.nextafter(infinity), limits.nextafter(-infinity)]
+    weight = torch.zeros(len(scales), 64)
+    weight[:, : 3 * len(boundaries)] = torch.cat(around, dim=1)
+    arguments = (weight, boundaries, *rest, 64, scales)
+    assert_bitwise_equal(quantize_cpu(isa, *arguments)[0], quantize_reference(*arguments)[0])
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_quantize_equals_reference_on_any_bits(data: st.DataObject) -> None:

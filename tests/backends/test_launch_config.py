@@ -20,6 +20,7 @@ from qlora_kernels.backends.launch_config import (
     down_gradient_config,
     extends_backward,
     extends_forward,
+    extends_group_backward,
     forward_config,
     tile_rank,
     up_gradients_config,
@@ -128,6 +129,16 @@ def test_the_longer_side_is_not_copied() -> None:
     assert not extends_forward(4096, 4096, 14336, 16)
     assert not extends_backward(4096, 14336, 4096, 16)
     assert not extends_forward(4096, 4096, 4096, 300)
+
+
+def test_a_group_is_one_gemm_where_copying_costs_less() -> None:
+    # q, k, v: 3 K rows copied against five passes over grad_x; gate, up of a 7B MLP: 5.4 K against
+    # three; nothing is copied for few tokens or a rank that takes several tiles.
+    assert extends_group_backward(4096, 3 * 4096, 4096, 3, 16)
+    assert extends_group_backward(4096, 2 * 11008, 4096, 2, 16)
+    assert not extends_group_backward(4096, 2 * 14336, 4096, 2, 16)
+    assert not extends_group_backward(512, 3 * 4096, 4096, 3, 16)
+    assert not extends_group_backward(4096, 3 * 4096, 4096, 3, 65)
 
 
 def test_other_devices_stand_for_an_h200() -> None:

@@ -187,8 +187,8 @@ _LOW_RANK = (
     Mutation(
         "dropout_begins_at_the_next_group_of_words",
         "dropout.cpp",
-        "words[skip + i] >= mask.threshold",
-        "words[i] >= mask.threshold",
+        "std::copy_n(buffer + skip, part, factors + done)",
+        "std::copy_n(buffer, part, factors + done)",
         f"{QLORA}::test_dropout_is_that_of_the_reference",
         "avx512",
     ),
@@ -199,6 +199,7 @@ _LOW_RANK = (
         "uint32_t{0}",
         f"{DROPOUT}::test_dropout_of_every_seed",
         "avx2",
+        count=2,
     ),
 )
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from qlora_kernels.backends.triton.dequantize import dequantize_triton
+from qlora_kernels.backends.triton.dequantize import dequantize_many_triton, dequantize_triton
 from qlora_kernels.backends.triton.double_quantize import double_quantize_triton
 from qlora_kernels.backends.triton.dropout import dropout_triton
 from qlora_kernels.backends.triton.qlora_linear import (
@@ -156,6 +157,20 @@ def check_dequantize(
     got = dequantize_triton(operands_on(device, operands), shape, dtype, out)
     assert out is None or got is out
     assert_bitwise_equal(got.cpu(), dequantize_reference(operands, shape, dtype))
+
+
+def check_dequantize_many(
+    device: torch.device,
+    operands: Sequence[WeightOperands],
+    dtype: torch.dtype,
+    outs: Sequence[torch.Tensor | None] | None = None,
+) -> None:
+    """Every dense weight is the reference's, into `outs` where given."""
+    given = outs if outs is not None else [None] * len(operands)
+    results = dequantize_many_triton([operands_on(device, one) for one in operands], dtype, given)
+    for got, one, out in zip(results, operands, given, strict=True):
+        assert out is None or got is out
+        assert_bitwise_equal(got.cpu(), dequantize_reference(one, one.shape, dtype))
 
 
 def check_dropout(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from qlora_kernels.backends.cpu.common import contiguous, register_cpu_kernel, scale_arguments
+from qlora_kernels.backends.cpu.small_blocks import are_small, dequantize_small
 from qlora_kernels.formats.quantized_weight import WeightOperands
 
 
@@ -21,6 +24,9 @@ def dequantize_cpu(
     An `out` whose rows are contiguous (the last dimension of unit stride, the others uniform) is
     written in place; any other layout goes through a temporary.
     """
+    if are_small(operands.block_size):
+        small = dequantize_small(isa, operands, dtype).view(shape)
+        return small if out is None else out.copy_(small)
     result = torch.empty(shape, dtype=dtype) if out is None else out
     rows = _as_rows(result)
     if rows is None:
@@ -37,6 +43,20 @@ def dequantize_cpu(
         isa,
     )
     return result
+
+
+@register_cpu_kernel("dequantize_many")
+def dequantize_many_cpu(
+    isa: int,
+    operands: Sequence[WeightOperands],
+    dtype: torch.dtype,
+    outs: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor]:
+    """One weight after the other: a call costs little here, and each uses every thread."""
+    return [
+        dequantize_cpu(isa, weight, weight.shape, dtype, out)
+        for weight, out in zip(operands, outs, strict=True)
+    ]
 
 
 def _as_rows(dense: torch.Tensor) -> torch.Tensor | None:

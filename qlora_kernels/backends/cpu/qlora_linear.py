@@ -8,6 +8,7 @@ from qlora_kernels.backends.cpu.common import contiguous, register_cpu_kernel, w
 from qlora_kernels.backends.cpu.dropout import dropout_cpu
 from qlora_kernels.backends.cpu.matmul_path import choose_path
 from qlora_kernels.backends.cpu.panels import qlora_backward_by_panels, qlora_by_panels
+from qlora_kernels.backends.cpu.small_blocks import are_small
 from qlora_kernels.formats.quantized_weight import WeightOperands
 
 
@@ -28,6 +29,7 @@ def qlora_linear_cpu(
     rows, cols = operands.shape
     x = contiguous(x)
     path = choose_path(x.shape[0], rows, cols, x.dtype, isa, batch_invariant)
+    path = "panels" if are_small(operands.block_size) else path
     dropped = dropout_cpu(isa, x, dropout_p, seed)
     if path == "panels":
         return qlora_by_panels(isa, x, dropped, operands, lora_a, lora_b, scaling, bias)
@@ -67,6 +69,7 @@ def qlora_linear_backward_cpu(
     rows, cols = operands.shape
     grad_y, x = contiguous(grad_y), contiguous(x)
     path = choose_path(x.shape[0], rows, cols, x.dtype, isa)
+    path = "panels" if are_small(operands.block_size) else path
     dropped = dropout_cpu(isa, x, dropout_p, seed) if needs[1] else x
     if path == "panels":
         return qlora_backward_by_panels(

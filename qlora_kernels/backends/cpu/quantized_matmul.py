@@ -7,6 +7,7 @@ import torch
 from qlora_kernels.backends.cpu.common import contiguous, register_cpu_kernel, weight_arguments
 from qlora_kernels.backends.cpu.matmul_path import choose_path
 from qlora_kernels.backends.cpu.panels import backward_by_panels, matmul_by_panels
+from qlora_kernels.backends.cpu.small_blocks import are_small
 from qlora_kernels.formats.quantized_weight import WeightOperands
 
 
@@ -22,6 +23,7 @@ def quantized_matmul_cpu(
     rows, cols = operands.shape
     x = contiguous(x)
     path = choose_path(x.shape[0], rows, cols, x.dtype, isa, batch_invariant)
+    path = "panels" if are_small(operands.block_size) else path
     if path == "panels":
         return matmul_by_panels(isa, x, operands, bias)
     y = x.new_empty(x.shape[0], rows)
@@ -44,6 +46,7 @@ def quantized_matmul_backward_input_cpu(
     rows, cols = operands.shape
     grad_y = contiguous(grad_y)
     path = choose_path(grad_y.shape[0], rows, cols, grad_y.dtype, isa)
+    path = "panels" if are_small(operands.block_size) else path
     if path == "panels":
         return backward_by_panels(isa, grad_y, operands)
     grad_x = grad_y.new_empty(grad_y.shape[0], cols)

@@ -17,6 +17,8 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Above Triton's 20.
 PRIORITY = 30
 LEAST_CAPABILITY = (8, 0)
+# A lane takes eight elements of one block.
+LEAST_BLOCK_SIZE = 16
 
 
 @functools.cache
@@ -48,6 +50,8 @@ def cuda_rejects(dtypes: Collection[torch.dtype] = FLOAT_DTYPES) -> Rejects:
             return f"device must be cuda, got {problem.device_type}"
         if problem.dtype not in dtypes:
             return f"dtype must be one of {names}, got {str(problem.dtype).removeprefix('torch.')}"
+        if problem.block_size < LEAST_BLOCK_SIZE:
+            return f"block_size must be at least {LEAST_BLOCK_SIZE}, got {problem.block_size}"
         return None
 
     return rejects
@@ -102,3 +106,9 @@ def weight_arguments(operands: WeightOperands, rows: int, cols: int) -> tuple[An
 def contiguous(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` itself if it is contiguous: asking is cheaper than calling `Tensor.contiguous`."""
     return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def at_vector(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, contiguous and at a 16-byte boundary, which is a copy only for odd views."""
+    tensor = contiguous(tensor.detach())
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

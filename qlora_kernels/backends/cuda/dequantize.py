@@ -1,6 +1,8 @@
-"""dequantize in CUDA: csrc/kernels/dequantize.cu, called by ops.dequantize."""
+"""dequantize and dequantize_many in CUDA: csrc/kernels/dequantize.cu, called by ops."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -32,6 +34,34 @@ def dequantize_cuda(
         *weight_arguments(operands, rows.shape[0], rows.shape[1]), rows, current_stream(rows)
     )
     return result
+
+
+@register_cuda_kernel("dequantize_many")
+def dequantize_many_cuda(
+    operands: Sequence[WeightOperands],
+    dtype: torch.dtype,
+    outs: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor]:
+    """The dense weights, into `outs` where given; see `reference.dequantize_many_reference`.
+
+    One launch takes up to 16 weights of any shapes, tables, block sizes and scale stores. A layout
+    of `outs` that is not of rows takes a launch of its own.
+    """
+    results, together = [], []
+    for weight, out in zip(operands, outs, strict=True):
+        result = weight.codes.new_empty(weight.shape, dtype=dtype) if out is None else out
+        results.append(result)
+        rows = _as_rows(result)
+        if rows is None:
+            dequantize_cuda(weight, weight.shape, dtype, result)
+        else:
+            together.append((*weight_arguments(weight, *rows.shape), rows))
+    if together:
+        fields = [list(field) for field in zip(*together, strict=True)]
+        torch.ops.qlora_kernels_cuda.dequantize_many.default(
+            *fields, current_stream(together[0][-1])
+        )
+    return results
 
 
 def _as_rows(dense: torch.Tensor) -> torch.Tensor | None:

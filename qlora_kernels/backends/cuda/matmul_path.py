@@ -10,19 +10,27 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from qlora_kernels.backends.cuda.common import LEAST_BLOCK_SIZE
 from qlora_kernels.backends.registry import Problem
 
 Path = Literal["fused", "dense"]
 
-# Ŵ is decoded once for every 32 tokens of the fused kernel (qlk/cuda/launch.h); with more than two
-# such tiles, decoding it once to scratch and a plain GEMM cost less.
-FUSED_TOKENS = 64
+# The fused kernel goes over the weight once for every 32 tokens (qlk/cuda/launch.h). In bytes of an
+# element with fp32 scales for 64: a pass reads 0.56, and later passes find most of that in L2;
+# decoding to scratch reads 0.56 and writes 2, which the GEMM reads again. So up to eight passes,
+# 256 tokens, move no more, and a pass's three instructions an element keep up with reading it.
+# Half of that is taken until it is measured: from 184 tokens on an H200's GEMM is limited by its
+# products, and mma.sync reaches 0.6 of cuBLAS there. For that reason no tiles of more tokens are
+# built on mma.sync: at M = 512 they would have to reach 0.66 of cuBLAS to win.
+FUSED_TOKENS = 128
 FUSED_DTYPES = (torch.float16, torch.bfloat16)
 _TILE_N = 128
 # A block's part of K is at least this long: filling its pipeline and its table takes about as long.
 _LEAST_SPLIT_K = 512
 _BLOCKS_PER_SM = 2
 _MOST_SPLITS = 16
+# qlk/cuda/launch.h: kFusedLargest, kFusedMostElements and kFusedMostRows.
+_LARGEST, _MOST_ELEMENTS, _MOST_ROWS = 2**30, 2**37, 65_535 * _TILE_N
 
 
 class MatmulSizes(NamedTuple):
@@ -44,6 +52,13 @@ def why_not_fused(sizes: MatmulSizes) -> str | None:
         return f"in_features must be a multiple of 64, got {sizes.in_features}"
     if sizes.block_size < 64:
         return f"block_size must be at least 64, got {sizes.block_size}"
+    if max(sizes.tokens, sizes.in_features) > _LARGEST:
+        largest = max(sizes.tokens, sizes.in_features)
+        return f"tokens and in_features must be at most 2^30, got {largest}"
+    if sizes.out_features > _MOST_ROWS:
+        return f"out_features must be at most {_MOST_ROWS}, got {sizes.out_features}"
+    if sizes.out_features * sizes.in_features > _MOST_ELEMENTS:
+        return f"a weight must have at most 2^37 elements, got {sizes.out_features} rows"
     return None
 
 
@@ -69,6 +84,8 @@ def matmul_rejects(problem: Problem) -> str | None:
     if problem.dtype not in (*FUSED_DTYPES, torch.float32):
         got = str(problem.dtype).removeprefix("torch.")
         return f"dtype must be one of float32, float16, bfloat16, got {got}"
+    if problem.block_size < LEAST_BLOCK_SIZE:
+        return f"block_size must be at least {LEAST_BLOCK_SIZE}, got {problem.block_size}"
     if not problem.batch_invariant:
         return None
     sizes = MatmulSizes(

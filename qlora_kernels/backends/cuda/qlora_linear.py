@@ -9,11 +9,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from qlora_kernels.backends.cuda.common import contiguous, current_stream, register_cuda_kernel
+from qlora_kernels.backends.cuda.common import contiguous, register_cuda_kernel
 from qlora_kernels.backends.cuda.dequantize import dequantize_cuda
 from qlora_kernels.backends.cuda.dropout import dropout_cuda
+from qlora_kernels.backends.cuda.low_rank import (
+    down_projection,
+    product_with_b,
+    project_into,
+    token_product,
+    u_and_grad_b,
+)
 from qlora_kernels.backends.cuda.matmul_path import choose_path, matmul_rejects
-from qlora_kernels.backends.cuda.quantized_matmul import at_vector, fused_matmul, sizes_of
+from qlora_kernels.backends.cuda.quantized_matmul import fused_matmul, sizes_of
 from qlora_kernels.backends.cuda.scratch import dense_scratch
 from qlora_kernels.formats.quantized_weight import WeightOperands
 
@@ -39,8 +46,15 @@ def qlora_linear_cuda(
     if choose_path(sizes_of(x, operands, batch_invariant)) == "fused":
         xa = down_projection(dropped, lora_a)
         return fused_matmul(x, operands, bias, xa, lora_b, scaling), xa
-    xa = F.linear(dropped, lora_a.detach().to(x.dtype))
-    return extended_forward(x, operands, xa, lora_b.detach(), scaling, bias), xa
+    extended = x.new_empty(len(x), x.shape[1] + padded_rank(len(lora_a)))
+    # The adapter's x is another one where elements are dropped.
+    projected = project_into(x, lora_a, extended) if dropped is x else None
+    if projected is None:
+        xa = F.linear(dropped, lora_a.detach().to(x.dtype))
+        write_extended(x, xa, extended)
+    else:
+        xa = projected
+    return extended_forward(extended, operands, lora_b.detach(), scaling, bias), xa
 
 
 @register_cuda_kernel("qlora_linear_backward", rejects=matmul_rejects)
@@ -58,54 +72,73 @@ def qlora_linear_backward_cuda(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """grad_x, grad_a, grad_b, empty where not needed; see `qlora_linear_backward_reference`."""
     grad_x, grad_a, grad_b = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
-    u = None
-    if needs[0] or needs[1]:
-        # alpha scales the fp32 sums: one rounding.
-        b = lora_b.detach().to(x.dtype)
-        u = torch.addmm(grad_y.new_empty(()), grad_y, b, beta=0, alpha=scaling)
+    grad_y, masked = grad_y.detach(), seed is not None and dropout_p > 0.0
+    u = extended = None
+    is_extended = False
+    if needs[0] and not masked:
+        extended = grad_y.new_empty(len(grad_y), grad_y.shape[1] + padded_rank(len(lora_a)))
+    if needs[2] and (needs[0] or needs[1]):
+        u, grad_b, is_extended = u_and_grad_b(grad_y, xa, lora_b, scaling, extended)
+    elif needs[2]:
+        grad_b = token_product(grad_y, xa, scaling, lora_b.dtype)
+    elif needs[0] or needs[1]:
+        u = product_with_b(grad_y, lora_b, scaling)
     if needs[0] and u is not None:
-        grad_x = extended_backward(grad_y, operands, u, lora_a.detach(), dropout_p, seed)
+        if extended is None:
+            grad_x = masked_backward(grad_y, operands, u, lora_a.detach(), dropout_p, seed)
+        else:
+            if not is_extended:
+                write_extended(grad_y, u, extended)
+            grad_x = extended_backward(extended, operands, lora_a.detach())
     if needs[1] and u is not None:
-        grad_a = (u.t() @ dropout_cuda(x.detach(), dropout_p, seed)).to(lora_a.dtype)
-    if needs[2]:
-        product = torch.addmm(grad_y.new_empty(()), grad_y.t(), xa, beta=0, alpha=scaling)
-        grad_b = product.to(lora_b.dtype)
+        dropped = dropout_cuda(x.detach(), dropout_p, seed)
+        grad_a = token_product(dropped, u, 1.0, lora_a.dtype, rank_major=True)
     return grad_x, grad_a, grad_b
 
 
-def down_projection(x: torch.Tensor, adapter: torch.Tensor) -> torch.Tensor:
-    """x [M,K] · adapterᵀ [R,K], rounded to x's dtype; a token's bits do not depend on M."""
-    result = x.new_empty(len(x), len(adapter))
-    torch.ops.qlora_kernels_cuda.down_projection.default(
-        at_vector(x), contiguous(adapter.detach()), result, current_stream(x)
-    )
-    return result
+def padded_rank(rank: int) -> int:
+    """Columns or rows that an adapter takes in an extended GEMM operand."""
+    return -(-rank // _RANK_STEP) * _RANK_STEP
 
 
 def extended_forward(
-    x: torch.Tensor,
+    extended: torch.Tensor,
     operands: WeightOperands,
-    xa: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: float,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """[x | xa] · [Ŵ | scaling·B]ᵀ + bias, [M,N]."""
-    tokens, (rows, cols), rank = len(x), operands.shape, lora_b.shape[1]
-    padded = -(-rank // _RANK_STEP) * _RANK_STEP
-    weight = dense_scratch(rows, cols + padded, x)
-    dequantize_cuda(operands, operands.shape, x.dtype, weight[:, :cols])
+    """[x | xa | 0] · [Ŵ | scaling·B | 0]ᵀ + bias, [M,N]."""
+    (rows, cols), rank = operands.shape, lora_b.shape[1]
+    weight = dense_scratch(rows, extended.shape[1], extended)
+    dequantize_cuda(operands, operands.shape, extended.dtype, weight[:, :cols])
     # In fp32, so that the product is rounded once, like B itself where scaling is a power of two.
-    weight[:, cols : cols + rank] = lora_b.to(x.dtype).float() * scaling
+    weight[:, cols : cols + rank] = lora_b.to(extended.dtype).float() * scaling
     weight[:, cols + rank :] = 0
-    extended = x.new_empty(tokens, cols + padded)
-    extended[:, :cols] = x
-    extended[:, cols : cols + rank] = xa
+    return F.linear(extended, weight, None if bias is None else bias.detach().to(extended.dtype))
+
+
+def write_extended(left: torch.Tensor, low_rank: torch.Tensor, extended: torch.Tensor) -> None:
+    """extended = [left | low_rank | 0]."""
+    cols, rank = left.shape[1], low_rank.shape[1]
+    extended[:, :cols] = left
+    extended[:, cols : cols + rank] = low_rank
     extended[:, cols + rank :] = 0
-    return F.linear(extended, weight, None if bias is None else bias.detach().to(x.dtype))
 
 
 def extended_backward(
+    extended: torch.Tensor, operands: WeightOperands, lora_a: torch.Tensor
+) -> torch.Tensor:
+    """[grad_y | u | 0] · [Ŵ ; A ; 0], [M,K]."""
+    (rows, cols), rank = operands.shape, len(lora_a)
+    weight = dense_scratch(extended.shape[1], cols, extended)
+    dequantize_cuda(operands, operands.shape, extended.dtype, weight[:rows])
+    weight[rows : rows + rank] = lora_a
+    weight[rows + rank :] = 0
+    return extended @ weight
+
+
+def masked_backward(
     grad_y: torch.Tensor,
     operands: WeightOperands,
     u: torch.Tensor,
@@ -113,20 +146,9 @@ def extended_backward(
     dropout_p: float,
     seed: torch.Tensor | None,
 ) -> torch.Tensor:
-    """[grad_y | u] · [Ŵ ; A], [M,K]; with dropout the mask applies to u A alone, which is added."""
-    tokens, (rows, cols), rank = len(grad_y), operands.shape, len(lora_a)
-    a = lora_a.to(grad_y.dtype)
-    if seed is not None and dropout_p > 0.0:
-        weight = dense_scratch(rows, cols, grad_y)
-        dequantize_cuda(operands, operands.shape, grad_y.dtype, weight)
-        return (grad_y @ weight).add_(dropout_cuda(u @ a, dropout_p, seed))
-    padded = -(-rank // _RANK_STEP) * _RANK_STEP
-    weight = dense_scratch(rows + padded, cols, grad_y)
-    dequantize_cuda(operands, operands.shape, grad_y.dtype, weight[:rows])
-    weight[rows : rows + rank] = a
-    weight[rows + rank :] = 0
-    extended = grad_y.new_empty(tokens, rows + padded)
-    extended[:, :rows] = grad_y
-    extended[:, rows : rows + rank] = u
-    extended[:, rows + rank :] = 0
-    return extended @ weight
+    """grad_y Ŵ + mask(u A), [M,K]: the mask applies to u A alone, so it is a GEMM of its own."""
+    rows, cols = operands.shape
+    weight = dense_scratch(rows, cols, grad_y)
+    dequantize_cuda(operands, operands.shape, grad_y.dtype, weight)
+    through_adapter = dropout_cuda(u @ lora_a.to(grad_y.dtype), dropout_p, seed)
+    return (grad_y @ weight).add_(through_adapter)

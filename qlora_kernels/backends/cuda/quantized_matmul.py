@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora_kernels.backends.cuda.common import (
+    at_vector,
     contiguous,
     current_stream,
     register_cuda_kernel,
@@ -22,6 +23,7 @@ from qlora_kernels.backends.cuda.matmul_path import (
 from qlora_kernels.backends.cuda.scratch import dense_scratch, tickets
 from qlora_kernels.backends.device import device_facts
 from qlora_kernels.formats.quantized_weight import WeightOperands
+from qlora_kernels.reference.dequantize import decode_scales_reference
 
 
 @register_cuda_kernel("quantized_matmul", rejects=matmul_rejects)
@@ -55,10 +57,20 @@ def sizes_of(x: torch.Tensor, operands: WeightOperands, batch_invariant: bool) -
     return MatmulSizes(len(x), rows, cols, x.dtype, operands.block_size, batch_invariant)
 
 
-def at_vector(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, contiguous and at a 16-byte boundary, which is a copy only for odd views."""
-    tensor = contiguous(tensor.detach())
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+def for_fused_matmul(operands: WeightOperands) -> WeightOperands:
+    """The weight as the kernel reads it: codes at a 16-byte boundary, and second-level scales for a
+    power of two of scales each. Others, which no registered format has, are decoded beforehand."""
+    codes, group = at_vector(operands.codes), operands.scale_block_size
+    if operands.absmax is not None or group & (group - 1) == 0:
+        return operands._replace(codes=codes)
+    return operands._replace(
+        codes=codes,
+        absmax=decode_scales_reference(operands),
+        scale_codes=None,
+        scale_absmax=None,
+        scale_offset=None,
+        scale_codebook=None,
+    )
 
 
 def fused_matmul(
@@ -82,7 +94,7 @@ def fused_matmul(
             ops.fused_matmul_partials.default(tokens, rows, splits), dtype=torch.float32
         )
         counters = tickets(ops.fused_matmul_tiles.default(tokens, rows), x)
-    operands = operands._replace(codes=at_vector(operands.codes))
+    operands = for_fused_matmul(operands)
     ops.fused_matmul.default(
         at_vector(x),
         *weight_arguments(operands, rows, cols),

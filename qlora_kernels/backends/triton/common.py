@@ -79,6 +79,12 @@ def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
+def at_word(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous byte tensor that begins at a 4-byte boundary, which is a copy only for odd
+    views."""
+    return tensor if tensor.data_ptr() % 4 == 0 else tensor.clone()
+
+
 def ceil_div(a: int, b: int) -> int:
     """Smallest integer >= a / b."""
     return -(-a // b)

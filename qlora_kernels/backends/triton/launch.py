@@ -32,8 +32,9 @@ class Launch:
 
     @property
     def device(self) -> torch.device:
-        """Of the first tensor argument."""
-        return next(a.device for a in self.arguments.values() if isinstance(a, torch.Tensor))
+        """Of the first tensor argument, which may be in a tuple."""
+        firsts = (a[0] if isinstance(a, tuple) else a for a in self.arguments.values())
+        return next(first.device for first in firsts if isinstance(first, torch.Tensor))
 
     def run(self) -> None:
         """Launch on the current stream of the arguments' device.

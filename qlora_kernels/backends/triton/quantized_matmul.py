@@ -18,6 +18,7 @@ from qlora_kernels.backends.launch_config import (
 )
 from qlora_kernels.backends.registry import Problem
 from qlora_kernels.backends.triton.common import (
+    at_word,
     ceil_div,
     contiguous,
     next_power_of_two,
@@ -199,7 +200,7 @@ def backward_launch(
 ) -> Launch:
     """The fused grad_x."""
     tokens, (rows, cols) = len(grad_y), operands.shape
-    arguments: dict[str, Any] = weight_arguments(operands)
+    arguments: dict[str, Any] = _weight_arguments(operands)
     arguments |= dropout_arguments(*((down.dropout_p, down.seed) if down else (0.0, None)))
     arguments |= {
         "grad_y_ptr": grad_y,
@@ -267,6 +268,12 @@ def _dense_backward(
     return torch.mm(grad_y, weight) if out is None else out.addmm_(grad_y, weight)
 
 
+def _weight_arguments(operands: WeightOperands) -> dict[str, Any]:
+    """The products read codes in words of four bytes."""
+    arguments = weight_arguments(operands)
+    return arguments | {"codes_ptr": at_word(arguments["codes_ptr"])}
+
+
 def _forward_arguments(
     x: torch.Tensor,
     operands: WeightOperands,
@@ -275,7 +282,7 @@ def _forward_arguments(
     y: torch.Tensor,
 ) -> dict[str, Any]:
     rows, cols = operands.shape
-    return weight_arguments(operands) | {
+    return _weight_arguments(operands) | {
         "x_ptr": x,
         "lora_b_ptr": contiguous(up.lora_b) if up else None,
         "xa_ptr": up.xa if up else None,

@@ -27,10 +27,10 @@ from qlora_kernels.backends.triton.quantized_matmul import (
     Up,
     backward_launch,
     forward_launches,
+    one_token_launch,
     quantized_matmul_backward_input_triton,
     quantized_matmul_triton,
 )
-from qlora_kernels.formats import list_formats
 from qlora_kernels.reference import dropout_reference
 from qlora_kernels.testing.errors import assert_as_accurate, assert_bitwise_equal
 from qlora_kernels.testing.shapes import RAGGED_WEIGHTS
@@ -79,6 +79,8 @@ FUSED = (
     (40, 129, 96, 70, 32),
     (70, 140, 256, 8, 4096),
     (300, 130, 128, 16, 64),
+    (1, 33, 1040, 4, 16),
+    (5, 40, 80, 4, 16),
 )
 
 
@@ -88,7 +90,9 @@ def test_qlora_fused(device: torch.device, sizes: tuple[int, int, int, int, int]
     dtype = NARROW[FUSED.index(sizes) % 2]
     wanted = "one_token" if tokens == 1 else "fused"
     assert choose_path(MatmulSizes(tokens, rows, cols, dtype, block_size)) == wanted
-    weight = random_weight((rows, cols), block_size, SCALES[tokens % 2], list_formats()[rows % 3])
+    weight = random_weight(
+        (rows, cols), block_size, SCALES[tokens % 2], ("nf4", "fp4", "int4")[rows % 3]
+    )
     p = random_qlora(
         tokens, weight, rank, dtype, torch.float32, bias_dtype=torch.float32, dropout_p=0.1
     )
@@ -162,6 +166,44 @@ def test_splits_share_the_sum(device: torch.device, dtype: torch.dtype, scales: 
         backward_launch(p.grad_y, p.weight, None, grad_x, config, accumulate=True).run()
         exact_sum = before.double() + p.grad_y.double() @ dense
         assert_as_accurate(grad_x, exact_sum, before + torchs_base)
+
+
+def test_codes_may_begin_anywhere(device: torch.device) -> None:
+    config = MatmulConfig(16, 64, 64, 1, 4, 2)
+    for tokens in (1, 9):
+        p = qlora_on(device, tokens, random_weight((33, 128), 32), 4, torch.float16)
+        y, xa = forward(p)
+        expected = (y, xa, *backward(p, xa))
+        for offset in (1, 2, 4):
+            padded = torch.cat([p.weight.codes.new_zeros(offset), p.weight.codes])
+            shifted = dataclasses.replace(p, weight=p.weight._replace(codes=padded[offset:]))
+            weight = shifted.weight
+            for launch in (
+                one_token_launch(p.x, weight, None, None, y),
+                *forward_launches(p.x, weight, None, None, y, config),
+                backward_launch(p.grad_y, weight, None, p.x, config),
+            ):
+                assert launch.arguments["codes_ptr"].data_ptr() % 4 == 0
+            got = (*forward(shifted), *backward(shifted, xa))
+            for mine, wanted in zip(got, expected, strict=True):
+                assert_bitwise_equal(mine, wanted)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_long_sums_are_not_rounded_on_their_way(device: torch.device, dtype: torch.dtype) -> None:
+    config = MatmulConfig(16, 64, 64, 1, 4, 2)
+    for shape in ((17, 4096), (4096, 64)):
+        weight = random_weight(shape, 64)
+        p = qlora_on(device, 8, weight, 0, dtype)
+        dense = dequantize_triton(p.weight, shape, torch.float32).to(dtype).double()
+        if shape[1] == 4096:
+            y = torch.empty(8, 17, dtype=dtype, device=device)
+            run_all(forward_launches(p.x, p.weight, None, None, y, config))
+            assert_as_accurate(y, p.x.double() @ dense.T, F.linear(p.x, dense.to(dtype)))
+        else:
+            grad_x = torch.empty(8, 64, dtype=dtype, device=device)
+            backward_launch(p.grad_y, p.weight, None, grad_x, config).run()
+            assert_as_accurate(grad_x, p.grad_y.double() @ dense, p.grad_y @ dense.to(dtype))
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 40])

@@ -10,6 +10,8 @@ import qlora_kernels as qlk
 from qlora_kernels.backends import registry
 from qlora_kernels.backends.registry import OPS, Problem, entries, select
 from qlora_kernels.errors import BackendError
+from qlora_kernels.ops.qlora_group import member_fields
+from qlora_kernels.reference.qlora_group import GroupMember
 from qlora_kernels.testing.errors import assert_as_accurate, assert_bitwise_equal
 
 BF16 = torch.bfloat16
@@ -56,17 +58,29 @@ def test_opcheck() -> None:
             encoder.zero_code,
             32,
         )
+        fields = [[one, one] for one in operands]
+        fields[7] = [24 * 64] * 2
+        many = (*fields, BF16)
         y, xa = ops.qlora_linear(x, *operands, lora_a, lora_b, 0.5, None, 0.1, seed, False)
+        pair = [
+            GroupMember(operands, lora_a, lora_b, 0.5, None, 0.0, None),
+            GroupMember(operands, lora_a, lora_b, 0.5, None, 0.1, seed),
+        ]
+        group = member_fields(pair)
+        *_, group_xa = ops.qlora_group(x, *group)
         samples = {
             "quantize": quantize,
             "double_quantize": (torch.rand(300), operands.scale_codebook, 256),
             "dequantize": (*operands, BF16),
+            "dequantize_many": many,
             "quantized_matmul": (x, *operands),
             "quantized_matmul_backward_input": (y, *operands),
             "qlora_linear": (x, *operands, lora_a, lora_b, 0.5, None, 0.1, seed, False),
             "qlora_linear_backward": (
                 *(y, x, xa, *operands, lora_a, lora_b, 0.5, 0.1, seed, [True, True, True]),
             ),
+            "qlora_group": (x, *group),
+            "qlora_group_backward": (x, [y, None], group_xa, *group, [True] * 5),
             "dropout": (x, 0.5, seed),
         }
         assert set(samples) == set(OPS)
