@@ -29,7 +29,7 @@ HAS_CUDA_OBJECTS := $(wildcard build/native/kernels-*.cu-*.o)
 DEMO_CUDA := $(or $(QLK_BUILD_CUDA),$(if $(filter-out 0,$(HAS_GPU))$(HAS_CUDA_OBJECTS),auto,0))
 
 # Peers and integrations that the tests compare with; the demo needs none of them.
-TEST_EXTRAS := dev,hf,bench
+TEST_EXTRAS := dev,hf,bench,lab
 # The compile tests run on it as well as on the newest: code generation differs.
 OLD_TRITON := 3.6.0
 

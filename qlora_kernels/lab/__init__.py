@@ -1,0 +1,1 @@
+"""Formats under the microscope: `python -m qlora_kernels lab`. `command` is its entry."""
