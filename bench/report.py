@@ -1,207 +1,267 @@
-"""Rows, the machine they were measured on, the table and the JSON record of a run."""
+"""`bench report RECORD … --out DIR`: one page that needs nothing else, and its plots as files.
+
+RECORD is a record of `bench.run`, a stage of `bench.on_gpu`, or a folder of them. The page is
+DIR/report.html: plots are inside it, nothing is fetched from anywhere.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
+import argparse
 import json
-import os
-import platform
-import re
-import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
+from bench.page import page
+from bench.records import RESULTS
+from qlora_kernels.errors import QLKError, argument_error
+from qlora_kernels.files import write_atomically, write_text
 
-from qlora_kernels.backends.cpu.common import ISA_NAMES, machine_isa
-from qlora_kernels.testing.timing import Timing
-
-RESULTS = Path(__file__).resolve().parent / "results"
-PEERS = ("bitsandbytes", "torchao", "numpy")
+CURVES_AT_LEAST, MOST_CROSSOVERS = 3, 12
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How long and on how many threads to measure.
+@dataclass
+class Material:
+    """What the records hold, by what it is shown as; `runs`: points with their run's ceilings."""
 
-    Attributes:
-        threads: torch's intra-op threads.
-        rounds: most rounds of a comparison.
-        seconds: time after which a comparison starts no further round.
+    machines: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    points: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[dict[str, Any]] = field(default_factory=list)
+    runs: list[tuple[list[dict[str, Any]], Mapping[str, Any]]] = field(default_factory=list)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def read(paths: Sequence[Path]) -> Material:
+    """Everything in records and folders of them.
+
+    Raises:
+        ArgumentError: no such file, or nothing in it that can be shown.
     """
-
-    threads: int = 2
-    rounds: int = 60
-    seconds: float = 10.0
-
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison.
-
-    Attributes:
-        work: what was done.
-        peer: what it is compared with.
-        ours, theirs: the times of the two, measured in turn.
-        at_most: the ratio ours / theirs must not be above this.
-        times_faster: the ratio theirs / ours must not be below this.
-        note: a figure worth printing beside the row, e.g. GB/s.
-    """
-
-    work: str
-    peer: str
-    ours: Timing
-    theirs: Timing
-    at_most: float | None = None
-    times_faster: float | None = None
-    note: str = ""
-
-    @property
-    def ratio(self) -> float:
-        """Ours over theirs, the median over the rounds."""
-        return self.ours.ratio_to(self.theirs)
-
-    @property
-    def speedup(self) -> float:
-        """Theirs over ours, the median over the rounds."""
-        return self.theirs.ratio_to(self.ours)
-
-    @property
-    def passed(self) -> bool | None:
-        """Whether the target is reached; None without a target."""
-        if self.at_most is not None:
-            return self.ratio <= self.at_most
-        if self.times_faster is not None:
-            return self.speedup >= self.times_faster
-        return None
-
-    def cells(self) -> list[str]:
-        """The row of the table."""
-        if self.at_most is not None:
-            shown, target = f"{self.ratio:.2f}x the time", f"<= {self.at_most:g}x"
-        else:
-            shown = f"{self.speedup:.2f}x faster"
-            target = f">= {self.times_faster:g}x" if self.times_faster is not None else "-"
-        verdict = {True: "pass", False: "MISS", None: "-"}[self.passed]
-        return [
-            self.work,
-            _milliseconds(self.ours),
-            self.peer,
-            _milliseconds(self.theirs),
-            shown,
-            target,
-            verdict,
-            self.note,
-        ]
-
-    def record(self) -> dict[str, object]:
-        """The row of the JSON record; times in milliseconds."""
-        return {
-            "work": self.work,
-            "peer": self.peer,
-            "ours_ms": _statistics(self.ours),
-            "peer_ms": _statistics(self.theirs),
-            "ratio": round(self.ratio, 4),
-            "at_most": self.at_most,
-            "times_faster": self.times_faster,
-            "passed": self.passed,
-            "note": self.note,
-        }
+    material = Material()
+    for path in paths:
+        files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        for file in files:
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise argument_error(
+                    "report", "record", "readable JSON", f"{file}: {error}"
+                ) from error
+            if isinstance(content, dict):
+                _take(content, material)
+    if not (material.rows or material.points or material.stages or material.refused):
+        shown = ", ".join(map(str, paths))
+        raise argument_error("report", "record", "one of bench.run or bench.on_gpu", shown)
+    return material
 
 
-def _milliseconds(timing: Timing) -> str:
-    return f"{timing.median * 1e3:.3f} ±{timing.spread * 50:.0f}%"
+def _take(content: Mapping[str, Any], material: Material) -> None:
+    if "stage" in content:
+        material.stages[content["stage"]] = dict(content)
+        content = content["content"]
+    if isinstance(content.get("machine"), dict):
+        machine = content["machine"]
+        name = (machine.get("gpu") or {}).get("name") or machine["cpu"]
+        material.machines[f"{name}, commit {machine['commit']}"] = machine
+    for name in ("rows", "points", "skipped", "refused"):
+        # Stages have figures of their own under some of these names.
+        if isinstance(content.get(name), list):
+            getattr(material, name).extend(content[name])
+    if "ceilings" in content:
+        material.runs.append((content["points"], content["ceilings"]))
 
 
-def _statistics(timing: Timing) -> dict[str, float]:
-    return {
-        "median": round(timing.median * 1e3, 5),
-        "minimum": round(timing.minimum * 1e3, 5),
-        "spread": round(timing.spread, 4),
-        "rounds": len(timing.seconds),
-    }
+def figures_of(material: Material) -> Iterator[tuple[str, str, str, Any]]:
+    """(file stem, heading, caption, figure) of everything there is to draw."""
+    from bench import figures
+
+    timed = [row for row in material.rows if "ours_ms" in row]
+    if timed:
+        yield (
+            "speedups",
+            "Speed against peers",
+            "A bar is the median over rounds in which the two took turns. The black tick is what "
+            "must be reached, where there is such a target.",
+            figures.speed_ups(
+                [
+                    {
+                        "label": f"{row['work']}\nvs {row['peer']}",
+                        "speedup": 1 / row["ratio"],
+                        "target": row["times_faster"]
+                        or (1 / row["at_most"] if row["at_most"] else None),
+                    }
+                    for row in timed
+                ]
+            ),
+        )
+    for number, (points, ceilings) in enumerate(material.runs):
+        computing = [p | {"seconds": p["ours_ms"]["median"] / 1e3} for p in points if p["flops"]]
+        if computing:
+            yield (
+                f"roofline-{number + 1}",
+                "Roofline",
+                "Each mark is one product of one size. It cannot lie above the line: on the slope "
+                "it waits for memory, on the level for arithmetic. The lines are of the same run.",
+                figures.roofline(
+                    computing,
+                    ceilings["copy_bytes_per_second"],
+                    ceilings["gemm_flops_per_second"],
+                ),
+            )
+    moving = [p for p in material.points if not p["flops"]]
+    if moving:
+        yield (
+            "bandwidth",
+            "Memory-bound ops",
+            "Share of the rate at which torch copies, measured in the same run: 100 % is a copy.",
+            figures.bars(
+                [(f"{p['key']} (ours)", 100 * p["share"]) for p in moving],
+                "% of the copy's bytes per second",
+                "higher",
+                None,
+            ),
+        )
+    for number, (title, curves) in enumerate(crossovers(material.points)):
+        yield (
+            f"crossover-{number + 1}",
+            "Over the number of tokens" if number == 0 else "",
+            "Time of one call. Where two curves cross, the faster choice changes.",
+            figures.crossover(title, curves),
+        )
+    yield from memory_figures(material)
+    yield from rate_figures(material)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table; ± is half the interquartile range."""
-    head = ["work", "ms", "peer", "peer ms", "measured", "must reach", "", "note"]
-    lines = [head, *(row.cells() for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
+def crossovers(
+    points: Sequence[Mapping[str, Any]],
+) -> list[tuple[str, dict[str, dict[int, float]]]]:
+    """(title, curve's name -> tokens -> ms) of every problem measured at three sizes or more."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for point in points:
+        if not point["M"]:
+            continue
+        rank = f", rank {point['R']}" if point["R"] else ""
+        title = (
+            f"{point['op']}, {point['layer']} [{point['N']} x {point['K']}], "
+            f"{point['format']}, {point['dtype']}{rank}"
+        )
+        curves = found.setdefault(title, {})
+        ours = curves.setdefault(f"ours, {point['backend']}", {})
+        ours[point["M"]] = point["ours_ms"]["median"]
+        for name, peer in point["peers_ms"].items():
+            if "missing" not in peer:
+                curves.setdefault(name, {}).setdefault(point["M"], peer["median"])
+    kept = [
+        (title, curves)
+        for title, curves in found.items()
+        if len({m for times in curves.values() for m in times}) >= CURVES_AT_LEAST
     ]
-    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(text)
+    return kept[:MOST_CROSSOVERS]
 
 
-def cpu_name() -> str:
-    """The model name that the kernel reports, e.g. "Intel(R) Xeon(R) Processor"."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
+def memory_figures(material: Material) -> Iterator[tuple[str, str, str, Any]]:
+    """Bars of bytes: the cases' rows, training steps, the large models beside their plan."""
+    from bench import figures
+
+    by_work: dict[str, list[tuple[str, float]]] = {}
+    for row in material.rows:
+        if "ours_bytes" in row:
+            bars = by_work.setdefault(row["work"], [("ours", row["ours_bytes"])])
+            bars.append((row["peer"], row["peer_bytes"]))
+    peaks: dict[str, list[tuple[str, float]]] = {}
+    plans: dict[str, dict[str, float]] = {}
+    for name, figure in _stage_rows(material, "training"):
+        if "peak_bytes" in figure:
+            peaks.setdefault("Peak of a training step", []).append((name, figure["peak_bytes"]))
+    for name, figure in _stage_rows(material, "sixty_five"):
+        if "peak_bytes" in figure:
+            label = f"{name} (ours)"
+            peaks.setdefault("Peak of large models", []).append((label, figure["peak_bytes"]))
+            planned = plans.setdefault("Peak of large models", {})
+            planned[label] = figure["planned_bytes"]["total"]
+    for number, (title, rows) in enumerate([*by_work.items(), *peaks.items()]):
+        factor, unit = figures.nice_bytes(max(size for _, size in rows))
+        scaled = [(name, size * factor) for name, size in rows]
+        marks = {name: size * factor for name, size in plans.get(title, {}).items()}
+        drawn = figures.bars(scaled, unit, "lower", marks or None)
+        yield f"memory-{number + 1}", f"Memory: {title}", "", drawn
 
 
-def machine_record(settings: Settings) -> dict[str, object]:
-    """Everything about the machine and the software that a time depends on."""
-    versions = {name: _version(name) for name in ("torch", "qlora_kernels", *PEERS)}
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "isa": ISA_NAMES[machine_isa()] if machine_isa() >= 0 else "no native library",
-        "threads": settings.threads,
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
+def rate_figures(material: Material) -> Iterator[tuple[str, str, str, Any]]:
+    """Bars of tokens a second: training steps, decoding."""
+    from bench import figures
+
+    training = [
+        (name, figure["tokens_per_second"])
+        for name, figure in _stage_rows(material, "training")
+        if "tokens_per_second" in figure
+    ]
+    decoding = [
+        (f"{name}, batch {batch}", figure["tokens_per_second"])
+        for name, batches in _stage_rows(material, "decode")
+        for batch, figure in batches.items()
+        if isinstance(figure, dict) and "tokens_per_second" in figure
+    ]
+    for stem, title, rows in (
+        ("training", "A training step", training),
+        ("decode", "Decoding", decoding),
+    ):
+        if rows:
+            drawn = figures.bars(rows, "tokens per second", "higher", None)
+            yield stem, title, "", drawn
 
 
-def _version(package: str) -> str | None:
+def _stage_rows(material: Material, stage: str) -> list[tuple[str, dict[str, Any]]]:
+    content = material.stages.get(stage, {}).get("content", {})
+    return list(content.get("rows", {}).items())
+
+
+def write(material: Material, out: Path) -> list[Path]:
+    """The page and the plots as PNG files; returns their paths.
+
+    Raises:
+        ArgumentError: matplotlib is missing.
+    """
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        from bench import figures
+    except ModuleNotFoundError as error:
+        raise argument_error(
+            "report", "matplotlib", "installed (pip install 'qlora_kernels[plot]')", error
+        ) from error
+    out.mkdir(parents=True, exist_ok=True)
+    paths, drawn = [], []
+    for stem, heading, caption, figure in figures_of(material):
+        drawn.append((heading, caption, figures.picture(figure, "svg")))
+        path = out / f"{stem}.png"
+        write_atomically(path, [figures.picture(figure, "png")])
+        paths.append(path)
+    path = out / "report.html"
+    write_text(path, page(material, drawn))
+    return [path, *paths]
 
 
-def commit() -> str:
-    """The commit that was measured, with "+changes" if the working tree differs from it."""
-    here = Path(__file__).resolve().parent
-    try:
-        head = _git(here, "rev-parse", "--short=12", "HEAD")
-        changed = _git(here, "status", "--porcelain", "--untracked-files=no", "--", "..")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{head}+changes" if changed else head
-
-
-def _git(where: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], cwd=where, check=True, capture_output=True, text=True
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="bench report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    return done.stdout.strip()
+    parser.add_argument("records", nargs="*", type=Path, default=[RESULTS])
+    parser.add_argument("--out", type=Path, default=Path("bench-report"))
+    options = parser.parse_args(arguments)
+    try:
+        for path in write(read(options.records), options.out):
+            print(path)
+    except QLKError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def machine_slug() -> str:
-    """A folder name for the machine: CPU, cores and instruction set."""
-    isa = ISA_NAMES[machine_isa()] if machine_isa() >= 0 else "reference"
-    name = re.sub(r"\((R|TM)\)|CPU|Processor|@.*", " ", cpu_name(), flags=re.IGNORECASE)
-    words = [*name.split(), f"{os.cpu_count()}-cores", isa]
-    return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
-
-
-def write_record(case: str, rows: Sequence[Row], settings: Settings, folder: Path) -> Path:
-    """Write one case's record, atomically; returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{case}.json"
-    record = {"machine": machine_record(settings), "rows": [row.record() for row in rows]}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
-    return path
+if __name__ == "__main__":
+    sys.exit(main())

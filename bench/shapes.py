@@ -1,12 +1,16 @@
-"""The problem that every speed is stated for, its operands in enough copies to miss the caches."""
+"""The problem that the table of targets is stated for, its operands in enough copies to miss the
+caches; and the layers of real models, for the grid."""
 
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 
 import qlora_kernels as qlk
+from qlora_kernels.errors import argument_error
+from qlora_kernels.integrations.plan import SHAPES
 from qlora_kernels.testing.timing import Rotation
 
 # One attention projection of a 7-billion-parameter model, [N, K].
@@ -40,3 +44,46 @@ def quantized_weights(shape: tuple[int, int] = WEIGHT, dtype: torch.dtype = DTYP
         return qlk.quantize(weight, format=FORMAT, block_size=BLOCK_SIZE, double_quant=True)
 
     return Rotation(make, math.prod(shape) // 2)
+
+
+def layer_shapes() -> dict[str, tuple[int, int]]:
+    """Name -> [N, K]: the linear layers of the models that papers quote, and two small ones.
+
+    "llama-7b.q" also stands for the output projection, ".gate" for up; ".kv" is there where keys
+    and values have fewer heads. Sizes are `plan`'s, from the released models' configurations.
+    """
+    found = {"tiny": (128, 128), "small": (1024, 1024)}
+    for model, (_, hidden, intermediate, _, heads, kv_heads) in SHAPES.items():
+        found[f"{model}.q"] = (hidden, hidden)
+        if kv_heads < heads:
+            found[f"{model}.kv"] = (hidden // heads * kv_heads, hidden)
+        found[f"{model}.gate"] = (intermediate, hidden)
+        found[f"{model}.down"] = (hidden, intermediate)
+    return found
+
+
+def parse_shapes(text: str) -> dict[str, tuple[int, int]]:
+    """Name -> [N, K] of a comma-separated list: a layer ("llama-7b.gate"), a model, "all", or
+    sizes ("11008x4096"). A shape that several layers have is listed once, under the first name.
+
+    Raises:
+        ArgumentError: names nothing.
+    """
+    known = layer_shapes()
+    found: dict[str, tuple[int, int]] = {}
+    for item in text.split(","):
+        sizes = re.fullmatch(r"(\d+)x(\d+)", item)
+        chosen = {
+            name: shape
+            for name, shape in known.items()
+            if item in ("all", name, name.split(".")[0])
+        }
+        if sizes:
+            chosen = {item: (int(sizes[1]), int(sizes[2]))}
+        if not chosen:
+            models = sorted({name.split(".")[0] for name in known})
+            raise argument_error("bench", "shape", f"NxK, a layer, or one of {models}", repr(item))
+        for name, shape in chosen.items():
+            if shape not in found.values():
+                found[name] = shape
+    return found

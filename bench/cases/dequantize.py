@@ -6,7 +6,7 @@ import bitsandbytes.functional as bnb
 import torch
 
 import qlora_kernels as qlk
-from bench.report import Row, Settings
+from bench.records import Row, Settings
 from bench.shapes import BLOCK_SIZE, DTYPE, FORMAT, WEIGHT, dense_outputs, quantized_weights
 from qlora_kernels.backends.cpu.common import machine_isa
 from qlora_kernels.testing.errors import assert_bitwise_equal

@@ -8,7 +8,7 @@ import bitsandbytes.functional as bnb
 import torch
 
 import qlora_kernels as qlk
-from bench.report import Row, Settings
+from bench.records import Row, Settings
 from bench.shapes import BLOCK_SIZE, WEIGHT
 from qlora_kernels.testing.errors import assert_bitwise_equal
 from qlora_kernels.testing.timing import Rotation, time_interleaved

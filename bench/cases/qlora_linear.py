@@ -11,7 +11,7 @@ from torch import nn
 
 import qlora_kernels as qlk
 from bench.cases.quantized_matmul import bnb_layer, inputs
-from bench.report import Row, Settings
+from bench.records import Row, Settings
 from bench.shapes import DTYPE, WEIGHT, dense_weights, quantized_weights
 from qlora_kernels.testing.errors import assert_as_accurate
 from qlora_kernels.testing.timing import Rotation, time_interleaved

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bitsandbytes.functional as bnb
 
 import qlora_kernels as qlk
-from bench.report import Row, Settings
+from bench.records import Row, Settings
 from bench.shapes import BLOCK_SIZE, FORMAT, dense_outputs, dense_weights
 from qlora_kernels.testing.errors import assert_bitwise_equal
 from qlora_kernels.testing.timing import time_interleaved

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import qlora_kernels as qlk
-from bench.report import Row, Settings
+from bench.records import Row, Settings
 from bench.shapes import BLOCK_SIZE, DTYPE, FORMAT, WEIGHT, dense_weights, quantized_weights
 from qlora_kernels.backends.cpu.common import machine_isa
 from qlora_kernels.testing.errors import assert_as_accurate
