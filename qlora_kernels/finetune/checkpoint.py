@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qlora_kernels.errors import CheckpointError
 from qlora_kernels.files import save_tensors, tensor_bytes
+from qlora_kernels.finetune.optimizers import optimizer_state, restore_optimizer
 from qlora_kernels.finetune.settings import option
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -59,18 +60,19 @@ class Checkpoint:
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Copy the saved values into ``model``'s trained parameters and ``optimizer``.
 
-        Raises CheckpointError for tensors that do not fit them; nothing is changed then.
+        Raises CheckpointError for tensors that do not fit them; the model is unchanged then if it
+        was the model they do not fit.
         """
         named = trained_parameters(model)
-        states: dict[int, dict[str, Tensor]] = {}
-        for index, (name, parameter) in enumerate(named.items()):
+        states: dict[nn.Parameter, dict[str, Tensor]] = {}
+        for name, parameter in named.items():
             saved = self.tensors.get(f"model.{name}")
             if saved is None or saved.shape != parameter.shape or saved.dtype != parameter.dtype:
                 raise CheckpointError(
                     f"finetune: --resume: {self.path} does not fit the model at {name}"
                 )
             prefix = f"optimizer.{name}."
-            states[index] = {
+            states[parameter] = {
                 key.removeprefix(prefix): value
                 for key, value in self.tensors.items()
                 if key.startswith(prefix)
@@ -78,8 +80,10 @@ class Checkpoint:
         with torch.no_grad():
             for name, parameter in named.items():
                 parameter.copy_(self.tensors[f"model.{name}"])
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": states, "param_groups": groups})
+        if reason := restore_optimizer(optimizer, states):
+            raise CheckpointError(
+                f"finetune: --resume: {self.path} does not fit the optimizer: {reason}"
+            )
 
 
 def difference(saved: Mapping[str, object], wanted: Mapping[str, object]) -> str | None:
@@ -113,7 +117,7 @@ def save_checkpoint(
     tensors: dict[str, Tensor] = {}
     for name, parameter in trained_parameters(model).items():
         tensors[f"model.{name}"] = parameter.detach()
-        for key, value in optimizer.state[parameter].items():
+        for key, value in optimizer_state(optimizer, parameter).items():
             tensors[f"optimizer.{name}.{key}"] = value
     metadata = {
         "kind": KIND,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qlora_kernels.errors import argument_error
 from qlora_kernels.finetune.console import exit_code_of
 from qlora_kernels.finetune.interrupt import Relay, StopRequest, stop_on_signals
+from qlora_kernels.finetune.optimizers import OPTIMIZERS
 from qlora_kernels.finetune.outputs import (
     DEFAULT_OUT,
     OWN_NAMES,
@@ -35,7 +38,9 @@ SUMMARY = "fine-tune a language model with QLoRA"
 DESCRIPTION = """
 Fine-tune a causal language model with QLoRA, LoRA or full fine-tuning, or compare the three.
 Without options: compare them on the model that comes with this package, which was trained on
-Python's documentation, adapted to the source code of the running Python's library.
+Python's documentation, adapted to the source code of the running Python's library. With --model and
+QLoRA, every linear layer and mixture of experts but the output layer is quantized while the model
+loads, weight by weight; a checkpoint that is quantized already is taken as it is.
 """
 EPILOG = """
 The output folder gets the adapter in PEFT's layout (after full fine-tuning the model), report.json,
@@ -103,6 +108,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         f"with --model {PRETRAINED.adapter_lr:g}, full {PRETRAINED.full_lr:g})",
     )
     training.add_argument("--schedule", default="cosine", choices=SCHEDULES, help="default: cosine")
+    training.add_argument(
+        "--optim",
+        default="adamw",
+        choices=tuple(OPTIMIZERS),
+        help="bitsandbytes' 8-bit and paged ones and torchao's, which keeps its state on the host, "
+        "need those packages (default: adamw)",
+    )
     training.add_argument("--steps", type=int, metavar="N", help=depends("steps"))
     training.add_argument("--batch", type=int, metavar="N", help=depends("batch"))
     training.add_argument(
@@ -131,6 +143,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--resume",
         action="store_true",
         help="continue the run that is in the output folder, or start if there is none",
+    )
+    output.add_argument(
+        "--plan",
+        action="store_true",
+        help="print the memory that a QLoRA run of --model with these options would take, and stop "
+        "(`plan` knows more options)",
+    )
+    output.add_argument(
+        "--card", type=float, metavar="GIB", help="with --plan: say whether it fits so much"
     )
     output.add_argument(
         "--checkpoint-every", type=int, default=50, metavar="N", help="steps (default: 50)"
@@ -187,6 +208,38 @@ def single(arguments: argparse.Namespace, method: str) -> tuple[dict[str, Any], 
     return document(method, [report]), out
 
 
+def plan(arguments: argparse.Namespace, show: Callable[..., int]) -> int:
+    """`--plan`: the exit status of ``show``, which is given the model, the card's GiB or None, and
+    what `plan_memory` takes of the options."""
+    options: list[dict[str, Any]] = []
+    status = exit_code_of(lambda: options.append(plan_options(arguments)))
+    return status or show(arguments.model, arguments.card, **options[0])
+
+
+def plan_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`--plan`: what `plan_memory` takes of the options.
+
+    Raises ArgumentError for a bad value, no --model, or a method that quantizes nothing.
+    """
+    if arguments.model is None:
+        raise argument_error("finetune", "--model", "given with --plan", None)
+    if arguments.method not in (None, "qlora"):
+        raise argument_error("finetune", "--method", "qlora with --plan", arguments.method)
+    settings = make_settings(arguments, "qlora", arguments.out or DEFAULT_OUT)
+    return {
+        "batch": settings.batch,
+        "seq_len": settings.seq_len,
+        "rank": settings.rank,
+        "dropout": settings.dropout,
+        "format": settings.format,
+        "block_size": settings.block_size,
+        "double_quant": settings.double_quant,
+        "dtype": settings.torch_dtype,
+        "checkpointing": False,  # a run of this command keeps its activations
+        "optimizer": settings.optim,
+    }
+
+
 def make_settings(arguments: argparse.Namespace, method: str, out: Path) -> Settings:
     """The options of one method, defaults filled in. Raises ArgumentError for a bad value."""
     defaults = PRETRAINED if arguments.model else EMBEDDED
@@ -212,6 +265,7 @@ def make_settings(arguments: argparse.Namespace, method: str, out: Path) -> Sett
         targets=tuple(arguments.targets),
         lr=given("lr", lr),
         schedule=arguments.schedule,
+        optim=arguments.optim,
         steps=given("steps", defaults.steps),
         batch=given("batch", defaults.batch),
         seq_len=given("seq_len", defaults.seq_len),

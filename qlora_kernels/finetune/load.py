@@ -1,4 +1,8 @@
-"""Load the base model and its tokenizer, and turn it into what a method trains."""
+"""Load the base model and its tokenizer, and turn it into what a method trains.
+
+A pretrained model for QLoRA is loaded by transformers with this library's quantizer, weight by
+weight: the dense model is never there as a whole.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +19,19 @@ from qlora_kernels.finetune import base_model
 from qlora_kernels.finetune.base_model import WEIGHTS
 from qlora_kernels.finetune.data import ByteTokenizer, PretrainedTokenizer, Tokenizer
 from qlora_kernels.finetune.model import ByteLlama
-from qlora_kernels.finetune.settings import Settings, derived_seed
+from qlora_kernels.finetune.settings import Settings, derived_seed, option
+from qlora_kernels.formats import get_format
 from qlora_kernels.nn import replace_linear
 from qlora_kernels.nn.replace import is_targeted
+
+# Kinds of quantized checkpoints that are taken as they are.
+READ_QUANTIZED = ("qlora_kernels", "bitsandbytes")
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A dense model as loaded, its vocabulary, the most positions it takes (None: any), and the
-    name of its output layer, which gets no adapter."""
+    """A model as loaded, dense or quantized; its vocabulary, the most positions it takes (None:
+    any), and the name of its output layer, which gets no adapter."""
 
     model: nn.Module
     vocab_size: int
@@ -40,10 +48,13 @@ def load_tokenizer(settings: Settings) -> Tokenizer:
 
 
 def load_base(settings: Settings) -> BaseModel:
-    """The dense model on the CPU: in fp32 for full fine-tuning, else in the run's dtype.
+    """The model on the CPU: in fp32 for full fine-tuning, else in the run's dtype; a pretrained one
+    for QLoRA with its linear layers quantized.
 
     Raises:
-        QLKError: transformers is not installed, or does not load ``settings.model``.
+        ArgumentError: transformers does not load ``settings.model``, or it is quantized and the
+            method is not qlora.
+        QLKError: transformers or another package that it needs is not installed.
     """
     dtype = torch.float32 if settings.method == "full" else settings.torch_dtype
     if settings.model is None:
@@ -52,14 +63,55 @@ def load_base(settings: Settings) -> BaseModel:
         embedded.load_state_dict(weights, assign=True)
         config = embedded.config
         return BaseModel(embedded, config.vocab_size, config.max_positions, "lm_head")
-    transformers = import_transformers()
-    model = from_pretrained(transformers.AutoModelForCausalLM, settings.model, dtype=dtype)
+    options = loading_options(settings.model, settings)
+    auto_class = import_transformers().AutoModelForCausalLM
+    model = from_pretrained(auto_class, settings.model, dtype=dtype, **options)
     model.config.use_cache = False  # keys and values of past tokens, of no use in training
     vocab_size = model.get_input_embeddings().num_embeddings
     head = model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if module is head]
     max_positions = getattr(model.config, "max_position_embeddings", None)
     return BaseModel(model, vocab_size, max_positions, names[0] if names else "lm_head")
+
+
+def loading_options(model: str, settings: Settings) -> dict[str, Any]:
+    """What from_pretrained is told beside the dtype: how to quantize, or to read what is quantized.
+
+    Raises as `load_base`.
+    """
+    config = from_pretrained(import_transformers().AutoConfig, model)
+    stored: Any = getattr(config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    how = stored.get("quant_method")
+    if how is not None and (settings.method != "qlora" or how not in READ_QUANTIZED):
+        rule = f"a dense model, or for --method qlora one that is quantized by {READ_QUANTIZED}"
+        raise argument_error("finetune", "--model", rule, f"{model}, by {how!r}")
+    if settings.method != "qlora":
+        return {}
+    try:
+        from qlora_kernels import QLoRAKernelsConfig
+    except ImportError as error:
+        raise QLKError(f"finetune: --model: {error}") from error
+    if how is None:
+        quantization = QLoRAKernelsConfig(
+            format=settings.format,
+            block_size=settings.block_size,
+            double_quant=settings.double_quant,
+        )
+        return {"quantization_config": quantization}
+    if how == "bitsandbytes":
+        config = QLoRAKernelsConfig.adopt(model)
+        stored = config.quantization_config
+    wanted: dict[str, object] = {"format": settings.format}
+    if settings.format == stored["format"]:
+        size = settings.block_size or stored["block_size"]
+        chosen = get_format(settings.format).override(size, settings.double_quant)
+        wanted |= {"block_size": chosen.block_size, "double_quant": chosen.double_quant}
+    for name, value in wanted.items():
+        if value != stored[name]:
+            rule = f"as the model was quantized ({stored[name]})"
+            raise argument_error("finetune", option(name), rule, value)
+    return {"config": config}
 
 
 def import_transformers() -> Any:
@@ -92,7 +144,8 @@ def prepare(base: BaseModel, settings: Settings) -> nn.Module:
     """Make ``base.model`` what ``settings.method`` trains, in place, on the run's device.
 
     Full fine-tuning trains every parameter. LoRA and QLoRA freeze them and convert the targeted
-    linear layers one at a time, so that QLoRA holds one dense weight beside the quantized ones.
+    linear layers one at a time: what is not quantized yet is then, with one dense weight held
+    beside the quantized ones.
 
     Raises:
         ArgumentError: a --seq-len beyond the model's positions, --targets that match no linear

@@ -17,12 +17,11 @@ from qlora_kernels.finetune.checkpoint import Progress
 from qlora_kernels.finetune.console import say
 from qlora_kernels.finetune.data import TokenWindows
 from qlora_kernels.finetune.interrupt import Interrupted, StopRequest
+from qlora_kernels.finetune.optimizers import clip_gradients
 from qlora_kernels.finetune.schedule import learning_rate_factor
 from qlora_kernels.finetune.settings import Settings, derived_seed
 
 MAX_GRADIENT_NORM = 1.0
-# A shorter memory of squared gradients than Adam's 0.999, whose horizon outlasts short runs.
-ADAM_BETAS = (0.9, 0.95)
 
 
 @dataclass
@@ -35,12 +34,6 @@ class Job:
     windows: TokenWindows
     progress: Progress
     save: Callable[[], None]
-
-
-def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW without weight decay over what is trained."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=settings.lr, betas=ADAM_BETAS, weight_decay=0.0)
 
 
 def next_token_loss(model: nn.Module, windows: Tensor, settings: Settings) -> Tensor:
@@ -74,8 +67,7 @@ def train_step(job: Job, step: int) -> float:
     if not math.isfinite(value):
         raise QLKError(f"finetune: the loss is {value} at step {step + 1}; try a smaller --lr")
     loss.backward()
-    trained = [parameter for group in job.optimizer.param_groups for parameter in group["params"]]
-    nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
+    clip_gradients(job.optimizer, MAX_GRADIENT_NORM)
     job.optimizer.step()
     job.optimizer.zero_grad()
     return value

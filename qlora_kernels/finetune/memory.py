@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qlora_kernels.nn import QuantizedExperts, StoredWeight
+
 
 class PeakMemory:
     """Starts at construction: `read` is the highest memory since, in bytes above the start."""
@@ -67,3 +69,33 @@ def base_weight_bytes(model: nn.Module, adapters: Iterable[Tensor]) -> int:
         for parameter in model.parameters()
         if id(parameter) not in excluded
     )
+
+
+def stored_weights(model: nn.Module) -> tuple[int, int]:
+    """How many weights a model has quantized, and the bytes that store them."""
+    weights = size = 0
+    for module in model.modules():
+        if isinstance(module, StoredWeight):
+            weights += module.quantized_weight.numel
+            size += module.quantized_weight.nbytes
+        elif isinstance(module, QuantizedExperts):
+            likes = module.projections.values()
+            weights += module.num_experts * sum(like.numel for like in likes)
+            size += sum(p.nbytes for n, p in _storing(module) if not n.endswith("_codebook"))
+    return weights, size
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Weights of a model, a quantized one's counted as the dense ones that they stand for."""
+    stored = {id(p) for module in model.modules() for _, p in _storing(module)}
+    dense = sum(p.numel() for p in model.parameters() if id(p) not in stored)
+    return dense + stored_weights(model)[0]
+
+
+def _storing(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a module that store quantized weights, with their names."""
+    names: tuple[str, ...] = ("weight",) if isinstance(module, StoredWeight) else ()
+    if isinstance(module, QuantizedExperts):
+        names = tuple(module.projections)
+    own = module.named_parameters(recurse=False)
+    return [(name, parameter) for name, parameter in own if name.startswith(names)]

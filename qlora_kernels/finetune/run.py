@@ -26,8 +26,14 @@ from qlora_kernels.finetune.console import say
 from qlora_kernels.finetune.data import check_vocabulary, load_windows
 from qlora_kernels.finetune.interrupt import StopRequest
 from qlora_kernels.finetune.load import base_model_name, load_base, load_tokenizer, prepare
-from qlora_kernels.finetune.loop import Job, evaluate, fit, make_optimizer
-from qlora_kernels.finetune.memory import PeakMemory, base_weight_bytes
+from qlora_kernels.finetune.loop import Job, evaluate, fit
+from qlora_kernels.finetune.memory import (
+    PeakMemory,
+    base_weight_bytes,
+    parameter_count,
+    stored_weights,
+)
+from qlora_kernels.finetune.optimizers import make_optimizer, optimizer_class
 from qlora_kernels.finetune.outputs import (
     MODEL,
     MODEL_FOLDER,
@@ -39,7 +45,7 @@ from qlora_kernels.finetune.outputs import (
 )
 from qlora_kernels.finetune.report import MethodReport, document, write_report
 from qlora_kernels.finetune.settings import Settings
-from qlora_kernels.nn import QuantizedLinear, lora_parameters, save_adapter
+from qlora_kernels.nn import lora_parameters, save_adapter
 
 
 def run_method(settings: Settings, stop: StopRequest) -> MethodReport:
@@ -54,6 +60,7 @@ def run_method(settings: Settings, stop: StopRequest) -> MethodReport:
     with claimed(settings.out):
         path = settings.out / CHECKPOINT
         saved = load_checkpoint(path) if settings.resume and path.exists() else None
+        optimizer_class(settings.optim, settings.torch_device)  # missing ones are named at once
         tokenizer = load_tokenizer(settings)
         windows = load_windows(settings, tokenizer)
         identity = {**settings.compared_on_resume(), "text": windows.digest()}
@@ -67,11 +74,12 @@ def run_method(settings: Settings, stop: StopRequest) -> MethodReport:
         memory = PeakMemory(settings.torch_device)
         base = load_base(settings)
         check_vocabulary(windows, base.vocab_size)
-        dense_parameters = count(base.model.parameters())
+        dense_parameters = parameter_count(base.model)
         model = prepare(base, settings)
         del base
         stop.check(f"before {settings.method} began")
-        optimizer = make_optimizer(model, settings)
+        trained = trained_parameters(model).values()
+        optimizer = make_optimizer(trained, settings.optim, settings.lr, settings.torch_device)
         progress = Progress()
         if saved is not None:
             saved.restore(model, optimizer)
@@ -130,18 +138,13 @@ def sizes(model: nn.Module, dense_parameters: int) -> dict[str, Any]:
     """The report's parameter counts and base weight sizes."""
     adapters = list(lora_parameters(model))
     base_bytes = base_weight_bytes(model, adapters)
-    quantized = [
-        module.quantized_weight for module in model.modules() if isinstance(module, QuantizedLinear)
-    ]
-    weights = sum(weight.numel for weight in quantized)
+    weights, stored_bytes = stored_weights(model)
     return {
         "trainable_parameters": count(trained_parameters(model).values()),
         "total_parameters": dense_parameters + count(adapters),
         "base_bytes": base_bytes,
         "bits_per_parameter": 8 * base_bytes / dense_parameters,
-        "quantized_bits_per_parameter": (
-            8 * sum(weight.nbytes for weight in quantized) / weights if quantized else None
-        ),
+        "quantized_bits_per_parameter": 8 * stored_bytes / weights if weights else None,
     }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from qlora_kernels.errors import argument_error
+from qlora_kernels.finetune.optimizers import OPTIMIZERS
 from qlora_kernels.finetune.schedule import SCHEDULES
 from qlora_kernels.formats import list_formats
 from qlora_kernels.formats.format import check_block_size
@@ -68,6 +69,7 @@ class Settings:
     targets: tuple[str, ...] = ("all-linear",)
     lr: float = EMBEDDED.adapter_lr
     schedule: str = "cosine"
+    optim: str = "adamw"
     steps: int = EMBEDDED.steps
     batch: int = EMBEDDED.batch
     seq_len: int = EMBEDDED.seq_len
@@ -92,6 +94,7 @@ class Settings:
         for name, choices in (
             ("method", METHODS),
             ("schedule", SCHEDULES),
+            ("optim", tuple(OPTIMIZERS)),
             ("dtype", tuple(DTYPES)),
             ("format", tuple(list_formats())),
         ):

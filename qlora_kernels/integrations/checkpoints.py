@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from torch import nn
 from qlora_kernels.errors import CheckpointError, argument_error
 from qlora_kernels.formats.bitsandbytes import from_state_dict
 from qlora_kernels.formats.format import Format
-from qlora_kernels.formats.quantized_weight import QuantizedWeight
+from qlora_kernels.formats.quantized_weight import QuantizedWeight, is_table_of, values_of
+from qlora_kernels.integrations.convert_experts import FIELDS, Names, Stack
 from qlora_kernels.integrations.loading import is_transposed
 from qlora_kernels.nn import QuantizedEmbedding, QuantizedExperts, StoredWeight
 
@@ -107,13 +107,28 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(folder, config, files, kind)
 
 
-def quantized_layers(checkpoint: Checkpoint, config: Any) -> tuple[dict[str, Layer], str]:
-    """The layers that a quantizer of this configuration makes of the model, by name, and the name
-    of the model's body, which a checkpoint of the body alone leaves out.
+@dataclass(frozen=True)
+class Skeleton:
+    """What a quantizer makes of the checkpoint's model.
+
+    Attributes:
+        layers: the layers it quantizes, by name.
+        stacks: the experts' projections it quantizes, by name.
+        names: how names in files and in the model relate.
+        prefix: name of the model's body, which a checkpoint of the body alone leaves out.
+    """
+
+    layers: dict[str, Layer]
+    stacks: dict[str, Stack]
+    names: Names
+    prefix: str
+
+
+def skeleton_of(checkpoint: Checkpoint, config: Any) -> Skeleton:
+    """The model of a checkpoint under this configuration of the quantizer.
 
     Raises:
-        ArgumentError: an architecture that transformers does not have, or a mixture of experts,
-            whose files are put together differently.
+        ArgumentError: an architecture that transformers does not have.
     """
     import transformers
 
@@ -132,28 +147,40 @@ def quantized_layers(checkpoint: Checkpoint, config: Any) -> tuple[dict[str, Lay
     if stored is not None:
         model.to(getattr(torch, stored))
     transposed = {n for n, module in model.named_modules() if is_transposed(module)}
+    names = Names(model)
     quantizer = QLoRAKernelsQuantizer(config, pre_quantized=checkpoint.kind != "dense")
     quantizer.preprocess_model(model, dtype=model.dtype)
-    found = {}
+    layers, stacks = {}, {}
     for layer_name, module in model.named_modules():
         if isinstance(module, QuantizedExperts):
-            raise argument_error(
-                "convert", "SRC", "without mixtures of experts (use from_pretrained)", layer_name
-            )
-        if isinstance(module, StoredWeight):
-            found[layer_name] = Layer(
+            for projection, like in module.projections.items():
+                full = f"{layer_name}.{projection}"
+                stacks[full] = Stack(full, (module.num_experts, *like.shape))
+        elif isinstance(module, StoredWeight):
+            layers[layer_name] = Layer(
                 module.weight_shape,
                 layer_name in transposed,
                 isinstance(module, QuantizedEmbedding),
             )
-    return found, model.base_model_prefix
+    return Skeleton(layers, stacks, names, model.base_model_prefix)
 
 
-def groups(checkpoint: Checkpoint, layers: dict[str, Layer], prefix: str) -> Iterator[Any]:
-    """(name in the file, layer or None, tensor names) for each weight that is converted as one,
-    in the order of the layers' names."""
-    taken: dict[str, tuple[Layer | None, list[str]]] = {}
+def groups(
+    checkpoint: Checkpoint, skeleton: Skeleton
+) -> list[tuple[str, Layer | Stack | None, list[str]]]:
+    """(name, layer, stack or None, tensor names) for each weight that is converted as one, in the
+    order of names: a stack's is the model's, others are the files'."""
+    layers, prefix = skeleton.layers, skeleton.prefix
+    suffixes = FIELDS if checkpoint.kind == "qlora_kernels" else ("",)
+    in_stack = {
+        f"{name}{end}": stack for name, stack in skeleton.stacks.items() for end in suffixes
+    }
+    taken: dict[str, tuple[Layer | Stack | None, list[str]]] = {}
     for name in checkpoint.files:
+        stack = in_stack.get(skeleton.names.in_model(name)[0])
+        if stack is not None:
+            taken.setdefault(stack.name, (stack, []))[1].append(name)
+            continue
         module, owner = name, None
         while "." in module:
             module = module.rpartition(".")[0]
@@ -164,8 +191,7 @@ def groups(checkpoint: Checkpoint, layers: dict[str, Layer], prefix: str) -> Ite
                 break
         key = f"{module}.weight" if owner is not None else name
         taken.setdefault(key, (owner, []))[1].append(name)
-    for key in sorted(taken):
-        yield key, *taken[key]
+    return [(key, *taken[key]) for key in sorted(taken)]
 
 
 def read_weight(
@@ -181,9 +207,8 @@ def read_weight(
     parts: dict[str, Any] = {}
     for name, tensor in tensors.items():
         part = name.removeprefix(key).removeprefix("_") or "codes"
-        parts[part] = tensor.view(torch.float32) if tensor.dtype == torch.int32 else tensor
-    codebook = parts.pop("codebook")
-    if not torch.equal(codebook.view(torch.int32), fmt.codebook.table().view(torch.int32)):
+        parts[part] = values_of(tensor, part, fmt)
+    if not is_table_of(parts.pop("codebook", None), fmt):
         raise CheckpointError(f"convert: {key}_codebook is not the table of format {fmt.name!r}")
     codes = parts.pop("codes")
     return QuantizedWeight.from_parts(codes, shape=layer.shape, dtype=dtype, format=fmt, **parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import torch
 
@@ -100,7 +101,13 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
+        nargs="?",
         help="llama-7b, -13b, -33b, -65b, llama-3-8b, -70b, or a folder or hub id with a config",
+    )
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="every built-in size, beside what the QLoRA paper says of it, as Markdown",
     )
     parser.add_argument("--batch", type=int, default=1, help="sequences a step (default: 1)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens each (default: 512)")
@@ -112,37 +119,50 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="default: on"
     )
-    parser.add_argument(
-        "--optim", default="adamw", choices=("adamw", "adamw-8bit", "sgd"), help="default: adamw"
-    )
+    parser.add_argument("--optim", default="adamw", metavar="NAME", help="default: adamw")
     parser.add_argument("--card", type=float, metavar="GIB", help="say whether it fits so much")
 
 
 def plan_main(arguments: argparse.Namespace) -> int:
-    """Print the plan; 0, 1 if it does not fit --card or cannot be made, 2 for bad arguments."""
+    """Print the plan, or the table of them; the exit status is that of `show_plan`."""
+    options = {
+        "batch": arguments.batch,
+        "seq_len": arguments.seq_len,
+        "rank": arguments.rank,
+        "format": arguments.format,
+        "block_size": arguments.block_size,
+        "double_quant": arguments.double_quant,
+        "dtype": DTYPES[arguments.dtype],
+        "checkpointing": arguments.checkpointing,
+        "optimizer": arguments.optim,
+    }
+    if (arguments.model is None) != arguments.table:
+        return _fail("plan: give either MODEL or --table", 2)
+    return show_plan(arguments.model, arguments.card, **options)
+
+
+def show_plan(model: str | None, card: float | None, **options: Any) -> int:
+    """Print what `plan_memory` says of a model, or without one the table of all built-in sizes.
+
+    Returns:
+        0; 1 if it does not fit ``card`` GiB or cannot be made; 2 for bad arguments.
+    """
     try:
         require("transformers", "plan")
         from qlora_kernels.integrations.plan import config_of, plan_memory
+        from qlora_kernels.integrations.plan_table import plan_table
 
-        plan = plan_memory(
-            config_of(arguments.model),
-            batch=arguments.batch,
-            seq_len=arguments.seq_len,
-            rank=arguments.rank,
-            format=arguments.format,
-            block_size=arguments.block_size,
-            double_quant=arguments.double_quant,
-            dtype=DTYPES[arguments.dtype],
-            checkpointing=arguments.checkpointing,
-            optimizer=arguments.optim,
-        )
+        if model is None:
+            sys.stdout.write(f"{plan_table(**options)}\n")
+            return 0
+        plan = plan_memory(config_of(model), **options)
     except (ArgumentError, ArgumentTypeError) as error:
         return _fail(str(error), 2)
     except (QLKError, OSError, ImportError) as error:
         return _fail(str(error), 1)
     sys.stdout.write(f"{plan}\n")
-    if arguments.card is None:
+    if card is None:
         return 0
-    fits = plan.total <= arguments.card * 2**30
-    sys.stdout.write(f"{'fits' if fits else 'does not fit'} {arguments.card:g} GiB\n")
+    fits = plan.total <= card * 2**30
+    sys.stdout.write(f"{'fits' if fits else 'does not fit'} {card:g} GiB\n")
     return 0 if fits else 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from tqdm import tqdm
 from qlora_kernels.errors import CheckpointError, argument_error
 from qlora_kernels.files import save_tensors, write_text
 from qlora_kernels.formats.bitsandbytes import to_state_dict
-from qlora_kernels.formats.packing import n_blocks
 from qlora_kernels.formats.quantized_weight import QuantizedWeight
 from qlora_kernels.integrations.checkpoints import (
     CONFIG,
@@ -28,10 +28,11 @@ from qlora_kernels.integrations.checkpoints import (
     Layer,
     groups,
     natural_linear,
-    quantized_layers,
     read_checkpoint,
     read_weight,
+    skeleton_of,
 )
+from qlora_kernels.integrations.convert_experts import Stack, dequantize_stack, quantize_stack
 from qlora_kernels.integrations.loading import parameters_of
 from qlora_kernels.integrations.optional import require
 from qlora_kernels.integrations.saving import bitsandbytes_config
@@ -55,7 +56,11 @@ def convert_checkpoint(
     shard_bytes: int = 2 * 2**30,
     progress: bool = True,
 ) -> Path:
-    """Convert a checkpoint folder; at most one shard of the result is in memory.
+    """Convert a checkpoint folder; at most one shard of the result is in memory, and one weight of
+    the source, which for a mixture of experts is a projection of all of a layer's experts.
+
+    A mixture's experts are quantized in this library's files. bitsandbytes' hold them dense, which
+    is how they come from it and go to it; quantized ones go to it by way of a dense checkpoint.
 
     Args:
         source: a folder with config.json and safetensors files.
@@ -73,7 +78,7 @@ def convert_checkpoint(
     Raises:
         ImportError: transformers is not installed.
         ArgumentError: a destination that exists, an unknown kind, an adapter for a quantized
-            result, a format bitsandbytes does not have.
+            result, a format that bitsandbytes does not have, or quantized experts for it.
         CheckpointError: a source that cannot be read or does not fit its configuration; a partial
             result of other settings.
     """
@@ -153,26 +158,38 @@ class _Job:
         self, checkpoint: Checkpoint, config: Any, to: str, dtype: torch.dtype, adapter: Any
     ) -> None:
         self.checkpoint, self.config, self.to, self.dtype = checkpoint, config, to, dtype
-        self.layers, self.prefix = quantized_layers(checkpoint, config)
+        self.skeleton = skeleton_of(checkpoint, config)
+        self.prefix = self.skeleton.prefix
+        if checkpoint.kind == to == "dense":  # its experts stay as they are
+            self.skeleton = replace(self.skeleton, stacks={})
+        if to == "bitsandbytes" and self.skeleton.stacks:
+            first = next(iter(self.skeleton.stacks))
+            raise argument_error(
+                "convert", "SRC", "without quantized experts (bitsandbytes has none)", first
+            )
         self.weight_dtype = getattr(torch, config.weight_dtype)
         self.adapter, self.merged = adapter, set[str]()
 
     def sizes(self) -> Any:
         """(name, layer, tensor names, bytes of the result), one by one."""
         fmt = self.config.storage
-        scale_bytes = 1.02 if fmt.double_quant else 4.0
-        for key, layer, names in groups(self.checkpoint, self.layers, self.prefix):
+        for key, layer, names in groups(self.checkpoint, self.skeleton):
             if layer is None or self.to == "dense":
                 shape, width = self.checkpoint.shape(names[0])
                 numel = torch.Size(shape if layer is None else layer.shape).numel()
                 size = numel * (self.dtype.itemsize if layer is not None else width)
             else:
-                numel = layer.shape[0] * layer.shape[1]
-                size = int(numel / 2 + scale_bytes * n_blocks(numel, fmt.block_size)) + 1200
+                rows, cols = torch.Size(layer.shape[:-1]).numel(), layer.shape[-1]
+                stored = fmt.tensor_sizes((rows, cols)).values()
+                size = sum(count * dtype.itemsize for count, dtype in stored) + 1200
             yield key, layer, names, size
 
-    def convert(self, key: str, layer: Layer | None, names: list[str]) -> dict[str, torch.Tensor]:
-        """The tensors of one weight in the result."""
+    def convert(
+        self, key: str, layer: Layer | Stack | None, names: list[str]
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of one weight, or of one stack of experts, in the result."""
+        if isinstance(layer, Stack):
+            return self._convert_stack(layer, names)
         if layer is None:
             tensor = self.checkpoint.tensor(names[0])
             module = key.removesuffix(".weight")
@@ -194,6 +211,17 @@ class _Job:
             return to_state_dict(qw, f"{key}.", storage)
         module = key.removesuffix(".weight")
         return {f"{module}.{name}": p.data for name, p in parameters_of(qw).items()}
+
+    def _convert_stack(self, stack: Stack, files: list[str]) -> dict[str, torch.Tensor]:
+        names, fmt = self.skeleton.names, self.config.storage
+        if self.checkpoint.kind == "dense":
+            dense = names.merge(stack, files, self.checkpoint.tensor)
+            return names.renamed(quantize_stack(stack, dense, fmt))
+        held = {names.in_model(name)[0]: self.checkpoint.tensor(name) for name in files}
+        if self.to != "dense":
+            return names.renamed(held)
+        dense = dequantize_stack(stack, held, fmt, self.weight_dtype, self.dtype)
+        return names.split({stack.name: dense})
 
     def _adapter_of(self, module: str) -> Any:
         for name in (module, f"{self.prefix}.{module}"):

@@ -7,9 +7,9 @@ for the report alike.
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +17,6 @@ from torch import nn
 from qlora_kernels.autograd import lora_linear
 from qlora_kernels.autograd.qlora_linear import qlora_linear_of
 from qlora_kernels.autograd.quantized_matmul import quantized_linear_of
-from qlora_kernels.formats.quantized_weight import WeightOperands
 from qlora_kernels.integrations.bitsandbytes import operands_of, quantized_weight_of
 from qlora_kernels.integrations.merging import KeptBytes, Requantizing
 from qlora_kernels.nn import QuantizedLinear
@@ -113,15 +112,18 @@ def _in_compute_dtype(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if not layer.compute_type_is_set:
         layer.set_compute_type(x)
         layer.compute_type_is_set = True
-    return x if layer.compute_dtype is None else x.to(layer.compute_dtype)
+    dtype = layer.compute_dtype
+    return x if dtype is None or dtype == x.dtype else x.to(dtype)
 
 
-def _without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+def _without_autocast(
+    compute: Callable[..., torch.Tensor], x: torch.Tensor, *arguments: Any
+) -> torch.Tensor:
     """bitsandbytes computes in its layer's dtype whatever autocast says."""
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    if not torch.is_autocast_enabled(x.device.type):
+        return compute(x, *arguments)
+    with torch.autocast(x.device.type, enabled=False):
+        return compute(x, *arguments)
 
 
 class FusedLinear4bit(Fused):
@@ -132,20 +134,22 @@ class FusedLinear4bit(Fused):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self_: Any = self
-        sys.modules["bitsandbytes.nn.modules"].fix_4bit_weight_quant_state_from_module(self)
+        weight = self_.weight
+        if getattr(weight, "quant_state", None) is None:  # FSDP has made a new parameter of it
+            sys.modules["bitsandbytes.nn.modules"].fix_4bit_weight_quant_state_from_module(self)
+            weight = self_.weight
         if reason_against_4bit(self) is not None:
             stock: torch.Tensor = super().forward(x)  # type: ignore[misc]
             return stock
-        weight = self_.weight
-        with _without_autocast(x):
-            y = quantized_linear_of(
-                _in_compute_dtype(self, x),
-                operands_of(weight, weight.quant_state),
-                self_.bias,
-                False,
-                "Linear4bit",
-            )
-        return y.to(x.dtype)
+        y = _without_autocast(
+            quantized_linear_of,
+            _in_compute_dtype(self, x),
+            operands_of(weight, weight.quant_state),
+            self_.bias,
+            False,
+            "Linear4bit",
+        )
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def _base_kind(base: nn.Module) -> str | None:
@@ -165,36 +169,66 @@ def _linear4bit_classes() -> tuple[type, ...]:
     return () if layers is None else (layers.Linear4bit, layers.LinearFP4, layers.LinearNF4)
 
 
+class Parts(NamedTuple):
+    """What the fused forward of a LoRA layer takes from it.
+
+    Attributes:
+        name: of the active adapter.
+        lora_a, lora_b, dropout, base: its modules and the base layer.
+        kind: see `_base_kind`.
+    """
+
+    name: str
+    lora_a: Any
+    lora_b: Any
+    dropout: Any
+    base: Any
+    kind: str
+
+
 def reason_against_lora(layer: Any) -> str | None:
     """Why a PEFT LoRA layer must run as it is, or None: it has exactly one active, plain adapter
     over a base that the fused path knows."""
+    parts = parts_of(layer)
+    return parts if isinstance(parts, str) else None
+
+
+def parts_of(layer: Any) -> Parts | str:
+    """The parts of a PEFT LoRA layer, or why it must run as it is."""
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged:
         return "its adapters are merged"
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    # Straight from the dicts: this is done on every forward, and attribute look-ups of a module
+    # cost more than the rest of it.
+    modules = layer._modules
+    factors_a, factors_b = modules["lora_A"]._modules, modules["lora_B"]._modules
+    names = [name for name in layer.active_adapters if name in factors_a]
     if len(names) != 1:
         return f"{len(names)} active adapters"
     name = names[0]
-    lora_a, lora_b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    lora_a, lora_b = factors_a[name], factors_b[name]
+    dropout = modules["lora_dropout"]._modules[name]
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return "the adapter's factors are not plain linear layers"
-    if lora_a.bias is not None or lora_b.bias is not None:
+    weight_a = lora_a._parameters["weight"]
+    if lora_a._parameters["bias"] is not None or lora_b._parameters["bias"] is not None:
         return "the adapter has a bias"
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return f"its dropout is a {type(dropout).__name__}"
     if reason := _reason_against_variant(layer, name):
         return reason
-    base = layer.base_layer
+    base = modules["base_layer"]
     for part, what in ((base, "base"), (lora_a, "A"), (lora_b, "B"), (dropout, "dropout")):
         if reason := hooked(part):
             return f"its {what} layer has {reason}"
-    if type(lora_a.weight).__name__ == "DTensor" or type(base.weight).__name__ == "DTensor":
+    if type(weight_a).__name__ == "DTensor" or type(base.weight).__name__ == "DTensor":
         return "its parameters are sharded"
     kind = _base_kind(base)
     if kind is None:
         return f"its base layer is a {type(base).__name__}"
-    return reason_against_4bit(base) if kind == "4bit" else None
+    reason = reason_against_4bit(base) if kind == "4bit" else None
+    return reason or Parts(name, lora_a, lora_b, dropout, base, kind)
 
 
 def _reason_against_variant(layer: Any, name: str) -> str | None:
@@ -218,10 +252,11 @@ class FusedLoRA(Requantizing, Fused):
         return reason_against_lora(self)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args or kwargs or reason_against_lora(self) is not None:
+        parts = "it is called with options" if args or kwargs else parts_of(self)
+        if isinstance(parts, str):
             stock: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return stock
-        return _lora_forward(self, x)
+        return _lora_forward(self, parts, x)
 
 
 class FusedLoRA4bit(KeptBytes, Fused):
@@ -231,33 +266,31 @@ class FusedLoRA4bit(KeptBytes, Fused):
         return reason_against_lora(self)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args or kwargs or reason_against_lora(self) is not None:
+        parts = "it is called with options" if args or kwargs else parts_of(self)
+        if isinstance(parts, str):
             stock: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return stock
-        return _lora_forward(self, x)
+        return _lora_forward(self, parts, x)
 
 
-def _lora_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """The fused forward of a layer that `reason_against_lora` has nothing against."""
-    name = next(name for name in layer.active_adapters if name in layer.lora_A)
-    a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-    dropout = layer.lora_dropout[name]
+def _lora_forward(layer: Any, parts: Parts, x: torch.Tensor) -> torch.Tensor:
+    """The fused forward of a layer's parts."""
+    name, lora_a, lora_b, dropout, base, kind = parts
+    a, b = lora_a._parameters["weight"], lora_b._parameters["weight"]
+    scaling, dtype = layer.scaling[name], x.dtype
     dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    base, dtype = layer.base_layer, x.dtype
-    kind = _base_kind(base)
     vector = layer.lora_magnitude_vector[name] if name in layer.lora_variant else None
     bias = base.bias if vector is None else None
     if kind in ("4bit", "quantized"):
-        operands: WeightOperands
-        quiet: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        invariant = False
         if kind == "4bit":
-            operands = operands_of(base.weight, base.weight.quant_state)
-            quiet, x = _without_autocast(x), _in_compute_dtype(base, x)
+            weight = base.weight
+            operands = operands_of(weight, weight.quant_state)
+            x = _in_compute_dtype(base, x)
+            rest = (operands, a, b, scaling, bias, dropout_p, False)
+            y = _without_autocast(qlora_linear_of, x, *rest)
         else:
-            operands, invariant = base.operands(), base.batch_invariant
-        with quiet:
-            y = qlora_linear_of(x, operands, a, b, scaling, bias, dropout_p, invariant)
+            operands = base.operands()
+            y = qlora_linear_of(x, operands, a, b, scaling, bias, dropout_p, base.batch_invariant)
         if vector is not None:
             norms = row_norms(
                 _row_squares(base, kind),
@@ -267,7 +300,7 @@ def _lora_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
                 scaling,
             )
             y = scaled_rows(y, vector.weight, norms, base.bias)
-        return y.to(dtype) if kind == "4bit" else y
+        return y.to(dtype) if kind == "4bit" and y.dtype != dtype else y
     dense = base.weight.t() if kind == "conv1d" else base.weight
     y = lora_linear(x, dense, a, b, scaling, bias, dropout_p, training=True)
     if vector is not None:

@@ -20,8 +20,17 @@ from qlora_kernels.integrations.optional import require
 from qlora_kernels.nn import QuantizedExperts, StoredWeight
 from qlora_kernels.nn.qlora_linear import QLoRALinear
 
-# Bytes per trained parameter: two fp32 moments; two 8-bit ones, with a fp32 scale for 256 each.
-OPTIMIZERS = {"adamw": 8.0, "adamw-8bit": 2.0 + 8 / 256, "sgd": 0.0}
+# Bytes per trained parameter: two fp32 moments; two 8-bit ones, with a fp32 scale for 256 each. A
+# paged optimizer has them on the device as long as there is room, an offloaded one never.
+OPTIMIZERS = {
+    "adamw": 8.0,
+    "adamw-fused": 8.0,
+    "adamw-8bit": 2.0 + 8 / 256,
+    "paged-adamw": 8.0,
+    "paged-adamw-8bit": 2.0 + 8 / 256,
+    "offload-adamw": 0.0,
+    "sgd": 0.0,
+}
 
 # Model sizes that papers quote: (vocabulary, hidden, intermediate, layers, heads, key-value heads),
 # from the configuration files of the released models.

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qlora_kernels.errors import CheckpointError, argument_error
+from qlora_kernels.formats.bitsandbytes import quant_type_of
 from qlora_kernels.formats.format import Format
 from qlora_kernels.formats.quantized_weight import QuantizedWeight
 from qlora_kernels.formats.registry import get_format
@@ -100,7 +101,7 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
                 "QLoRAKernelsConfig", "embeddings", "False for bitsandbytes", embeddings
             )
         resolved = get_format(format).override(block_size, double_quant)
-        if checkpoint == "bitsandbytes" and resolved.codebook.name not in ("nf4", "fp4"):
+        if checkpoint == "bitsandbytes" and quant_type_of(resolved) is None:
             raise argument_error(
                 "QLoRAKernelsConfig", "format", "nf4 or fp4 for bitsandbytes", repr(format)
             )
@@ -199,8 +200,7 @@ class QLoRAKernelsQuantizer(HfQuantizer):
     @property
     def quantized_element_size(self) -> float:
         """Bytes per weight, for device_map="auto"; scales included."""
-        fmt = self.quantization_config.storage
-        return 0.5 + (1.02 if fmt.double_quant else 4.0) / fmt.block_size
+        return self.quantization_config.storage.bits_per_param((4096, 4096)) / 8
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a checkpoint's tensor of this name is to be quantized."""
@@ -328,7 +328,9 @@ def _check_codebooks(name: str, module: Any) -> None:
         else {"weight": module.format}
     )
     for key, fmt in formats.items():
-        stored = module._parameters[f"{key}_codebook"]
+        stored = module._parameters.get(f"{key}_codebook")
+        if stored is None:  # the table is learned, and each weight has its own
+            continue
         table = fmt.codebook.table(stored.device).view(torch.int32)
         if not stored.is_meta and not torch.equal(stored.detach(), table):
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Conversion holds one layer's dense weight beyond what it was given, and lets go of the rest."""
+"""Conversion holds one layer's dense weight beyond what it was given, loading at most a shard."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = 12
@@ -88,3 +89,83 @@ def test_probe_sees_weights_that_are_kept() -> None:
     start, peak, end = measure("qlora", "keep")
     assert peak - start > LAYER_BYTES
     assert end > start
+
+
+# Prints bytes of anonymous memory: the peak of loading and converting, what is left of it, and what
+# the model's parameters are. (A file that is mapped to be read is memory that the kernel can drop.)
+LOADING = """
+import gc, json, re, sys, threading
+from pathlib import Path
+from qlora_kernels.finetune.load import load_base, prepare
+from qlora_kernels.finetune.settings import Settings
+
+def anonymous():
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\\s*(\\d+) kB", status)[1]) * 1024
+
+def load(name):
+    options = {"model": name, "rank": 1, "seq_len": 16, "dtype": "bfloat16"}
+    settings = Settings(sys.argv[1], Path("x"), **options)
+    return prepare(load_base(settings), settings)
+
+load("small")  # so that libraries, thread stacks and tables are there
+gc.collect()
+start = peak = anonymous()
+done = threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.0005):
+        peak = max(peak, anonymous())
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = load("large")
+done.set()
+watcher.join()
+gc.collect()
+print(json.dumps([peak - start, anonymous() - start, sum(p.nbytes for p in model.parameters())]))
+"""
+SHARD = 32 * 2**20
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `large`, a Llama of 51 million fp32 weights in shards, and `small`."""
+    transformers = pytest.importorskip("transformers", reason="the hf extra")
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name, layers in (("small", 1), ("large", 4)):
+        config = transformers.LlamaConfig(
+            vocab_size=300,
+            hidden_size=1024,
+            intermediate_size=2816,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            max_position_embeddings=64,
+        )
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(config)
+        model = model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            parameter.data.fill_(0.02)
+        model.save_pretrained(folder / name, max_shard_size=SHARD)
+    assert len(list((folder / "large").glob("*.safetensors"))) > 4
+    return folder
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_pretrained_model_is_quantized_while_it_loads(method: str, checkpoints: Path) -> None:
+    """QLoRA holds the quantized model and at most a shard; LoRA's dense one shows on this scale."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, method],
+        cwd=checkpoints,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    peak, left, held = json.loads(done.stdout)
+    if method == "qlora":
+        assert peak <= held + SHARD and left <= 1.05 * held
+        assert held < 51e6 * 4.2 / 8 + 5e6
+    else:
+        assert peak > 51e6 * 2 > held / 1.05

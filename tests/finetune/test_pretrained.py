@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_kernels import QLoRALinear, load_adapter, replace_linear
-from qlora_kernels.finetune.load import load_base, prepare
+from qlora_kernels import QLoRAKernelsConfig, QLoRALinear, load_adapter, replace_linear
+from qlora_kernels.finetune.data import load_windows
+from qlora_kernels.finetune.load import load_base, load_tokenizer, prepare
 from qlora_kernels.finetune.settings import Settings
 from tests.finetune.running import Command, losses, snapshot, write_corpus
 
@@ -196,10 +197,115 @@ def not_a_causal_model(folder: Path) -> None:
     transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
 
 
+def save_quantized(folder: Path, source: Path, kind: str) -> dict[str, torch.Tensor]:
+    """A quantized checkpoint of `source`, by this library or by bitsandbytes; its packed codes."""
+    if kind == "qlora_kernels":
+        how: Any = QLoRAKernelsConfig(format="fp4")
+    else:
+        pytest.importorskip("bitsandbytes", reason="the bnb extra")
+        double = {"bnb_4bit_use_double_quant": True}
+        how = transformers.BitsAndBytesConfig(load_in_4bit=True, **double)
+    auto = transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(source, quantization_config=how, dtype=torch.float32)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return {name: p.view(-1) for name, p in model.named_parameters() if p.dtype == torch.uint8}
+
+
+@pytest.mark.parametrize("kind", ["qlora_kernels", "bitsandbytes"])
+def test_quantized_checkpoints_are_taken_as_they_are(
+    kind: str, llama: Command, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    codes = save_quantized(tmp_path / "fp4", llama.folder / "base", kind)
+    options = ("--model", str(tmp_path / "fp4"), "--rank", "4", "--dtype", "float32")
+    settings = Settings("qlora", tmp_path, model=options[1], format="fp4", rank=4, seq_len=32)
+    model = prepare(load_base(settings), settings)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QLoRALinear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        assert torch.equal(layer.quantized_weight.codes, codes[f"{name}.weight"])
+    run = tmp_path / "run"
+    assert llama.here(*options, "--format", "fp4", "--lr", "1e-2", "--out", str(run)) == 0
+    train, before, after = losses(run, "qlora")
+    assert len(train) == 6 and after < before
+    report = json.loads((run / "report.json").read_text())["methods"]["qlora"]
+    dense = sum(p.numel() for p in load(llama.folder / "base").parameters())
+    assert report["total_parameters"] == dense + report["trainable_parameters"]
+    for wrong, words in (
+        (("--format", "nf4"), "--format must be as the model was quantized (fp4)"),
+        (("--format", "fp4", "--no-double-quant"), "--double-quant must be as"),
+        (("--method", "lora"), "--model must be a dense model"),
+    ):
+        capfd.readouterr()
+        assert llama.here(*options, *wrong, "--out", str(tmp_path / "other")) == 2
+        assert words in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_gpt2_is_quantized_though_its_layers_are_not_linear(
+    command: Command, tmp_path: Path
+) -> None:
+    """transformers' Conv1D; its adapter is what PEFT has for such a layer."""
+    peft = pytest.importorskip("peft", reason="the hf extra")
+    gpt2(tmp_path / "gpt2")
+    save_tokenizer(tmp_path / "gpt2", command.folder / "corpus.txt")
+    options = ("--model", "gpt2", "--rank", "4", "--lr", "1e-2", "--dtype", "float32")
+    assert command.here(*options, "--out", "run") == 0
+    _, before, after = losses(tmp_path / "run", "qlora")
+    assert after < before
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "gpt2", quantization_config=QLoRAKernelsConfig(), dtype=torch.float32
+    )
+    model = peft.PeftModel.from_pretrained(quantized, tmp_path / "run").eval()
+    windows = load_windows(
+        Settings("qlora", tmp_path, data=(str(tmp_path / "corpus.txt"),), seq_len=32),
+        load_tokenizer(Settings("qlora", tmp_path, model=str(tmp_path / "gpt2"))),
+    )
+    held_out = windows.held_out.long()
+    with torch.no_grad():
+        logits = model(held_out[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), held_out[:, 1:].flatten())
+    assert float(loss) == pytest.approx(after, abs=1e-4)
+
+
+def test_mixture_of_experts_is_quantized_whole(command: Command, tmp_path: Path) -> None:
+    """Its experts are no linear layers: they are stored in 4 bits too, and get no adapter."""
+    size = save_tokenizer(tmp_path / "mixture", tmp_path / "corpus.txt")
+    config = transformers.MixtralConfig(
+        vocab_size=size,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+    )
+    dense = transformers.MixtralForCausalLM(config)
+    dense.save_pretrained(tmp_path / "mixture")
+    options = ("--model", "mixture", "--rank", "4", "--lr", "1e-2", "--dtype", "float32")
+    assert command.here(*options, "--out", "run") == 0
+    _, before, after = losses(tmp_path / "run", "qlora")
+    assert after < before
+    report = json.loads((tmp_path / "run" / "report.json").read_text())["methods"]["qlora"]
+    parameters = sum(p.numel() for p in dense.parameters())
+    assert report["total_parameters"] == parameters + report["trainable_parameters"]
+    kept = sum(p.numel() for n, p in dense.named_parameters() if p.dim() < 2 or "_proj" not in n)
+    assert report["base_bytes"] < 4 * kept + 0.6 * (parameters - kept)
+
+
+def lora_on_gpt2(folder: Path) -> tuple[str, ...]:
+    gpt2(folder)
+    return "--method", "lora"
+
+
 @pytest.mark.parametrize(
     ("make", "status", "words"),
     [
-        (gpt2, 2, "--model must be one with linear layers (nn.Linear) besides its output layer"),
+        (
+            lora_on_gpt2,
+            2,
+            "--model must be one with linear layers (nn.Linear) besides its output layer",
+        ),
         (small_vocabulary, 1, "the model has 200 embeddings"),
         (truncated, 2, "--model must be a causal language model that transformers loads"),
         (no_weights, 2, "--model must be a causal language model that transformers loads"),
@@ -210,11 +316,11 @@ def test_models_that_cannot_be_tuned(
     make: Any, status: int, words: str, command: Command, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = command.folder / "broken"
-    make(folder)
+    options = make(folder) or ()
     save_tokenizer(folder, command.folder / "corpus.txt")
     before = snapshot(folder)
     capfd.readouterr()
-    assert command.here("--model", "broken", "--out", "run", "--rank", "4") == status
+    assert command.here("--model", "broken", "--out", "run", "--rank", "4", *options) == status
     err = capfd.readouterr().err.splitlines()[-1]
     assert err.startswith("error: ") and words in err
     assert snapshot(folder) == before and not (command.folder / "run").exists()

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from qlora_kernels.errors import CheckpointError
 from qlora_kernels.finetune.checkpoint import load_checkpoint, load_header
-from qlora_kernels.finetune.loop import make_optimizer
-from qlora_kernels.finetune.settings import EMBEDDED, Settings
+from qlora_kernels.finetune.optimizers import make_optimizer
+from qlora_kernels.finetune.settings import EMBEDDED
 from tests.finetune.running import Command, kill, losses, snapshot, wait_for, write_corpus
 
 METHODS = ["full", "lora", "qlora"]
@@ -274,7 +274,7 @@ def test_checkpoint_of_another_model_is_refused(resumable: Command) -> None:
     """Same options, other shapes: what a changed model of the same name would be."""
     saved = load_checkpoint(resumable.folder / "run" / "checkpoint.safetensors")
     model = torch.nn.Linear(3, 3)
-    optimizer = make_optimizer(model, Settings("lora", resumable.folder))
+    optimizer = make_optimizer(model.parameters(), "adamw", 1e-3, torch.device("cpu"))
     before = model.weight.clone()
     with pytest.raises(CheckpointError, match="does not fit the model at weight"):
         saved.restore(model, optimizer)

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_kernels import cli, load_adapter
-from qlora_kernels.finetune.checkpoint import Progress
+from qlora_kernels.finetune.checkpoint import Progress, trained_parameters
 from qlora_kernels.finetune.command import make_settings
 from qlora_kernels.finetune.data import ByteTokenizer, load_windows
 from qlora_kernels.finetune.interrupt import StopRequest
 from qlora_kernels.finetune.load import load_base, prepare
-from qlora_kernels.finetune.loop import Job, evaluate, fit, make_optimizer
+from qlora_kernels.finetune.loop import Job, evaluate, fit
+from qlora_kernels.finetune.optimizers import make_optimizer
 from qlora_kernels.finetune.settings import Settings
 from tests.finetune.running import Command, losses
 
@@ -28,7 +29,8 @@ def job_of(settings: Settings) -> Job:
     """The run's model, fresh, and its text."""
     model = prepare(load_base(settings), settings)
     windows = load_windows(settings, ByteTokenizer())
-    optimizer = make_optimizer(model, settings)
+    trained = trained_parameters(model).values()
+    optimizer = make_optimizer(trained, settings.optim, settings.lr, settings.torch_device)
     return Job(settings, model, optimizer, windows, Progress(), lambda: None)
 
 

@@ -85,6 +85,22 @@ def quantized_layers(model: Any) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, qlk.QuantizedLinear)]
 
 
+def dense_twin(model: Any) -> Any:
+    """The same model over dequantized weights: torch's linear layers, and PEFT's own LoRA."""
+    twin = copy.deepcopy(model)
+    if hasattr(twin, "peft_config"):
+        qlk.deaccelerate(twin)
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, qlk.QuantizedLinear):
+            plain: Any = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+            plain.weight = torch.nn.Parameter(module.dequantize(torch.float32), requires_grad=False)
+            if isinstance(module, qlk.QLoRALinear):
+                plain = qlk.LoRALinear.from_linear(plain, rank=module.rank, alpha=module.alpha)
+                plain.lora_a, plain.lora_b = module.lora_a, module.lora_b
+            twin.set_submodule(name, plain)
+    return twin
+
+
 def main(out: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -126,6 +142,9 @@ def main(out: Path) -> None:
             layer.reshard()
         _, got = step(mixed, mine)
         seen[f"{kind} mixed precision gradients"] = worst(got, gradients)
+        dense = shard(dense_twin(model), "together", MixedPrecisionPolicy(torch.bfloat16))
+        _, got = step(dense, mine)
+        seen[f"{kind} mixed precision gradients of a dense model"] = worst(got, gradients)
         # Saved by two processes, loaded by one.
         dcp.save(get_model_state_dict(sharded), checkpoint_id=str(out.parent / f"dcp_{kind}"))
         # And into a sharded model of other values.

@@ -28,7 +28,8 @@ _SIZES: dict[str, Any] = {
 
 
 def make(name: str, *, seed: int = 0, **changes: Any) -> nn.Module:
-    """A model of family `name` in eval mode: llama, mistral, qwen2, mixtral, gpt2, t5 or bert."""
+    """A model of family `name` in eval mode: llama, mistral, qwen2, mixtral, qwen2_moe, gpt2, t5 or
+    bert."""
     torch.manual_seed(seed)
     sizes = {**_SIZES, **changes}
     if name == "llama":
@@ -45,6 +46,15 @@ def make(name: str, *, seed: int = 0, **changes: Any) -> nn.Module:
             **sizes, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.0
         )
         return transformers.MixtralForCausalLM(config).eval()
+    if name == "qwen2_moe":
+        config = transformers.Qwen2MoeConfig(
+            **sizes,
+            moe_intermediate_size=48,
+            shared_expert_intermediate_size=64,
+            num_experts=4,
+            num_experts_per_tok=2,
+        )
+        return transformers.Qwen2MoeForCausalLM(config).eval()
     if name == "gpt2":
         config = transformers.GPT2Config(
             vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64, **changes

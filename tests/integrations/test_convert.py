@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qlora_kernels as qlk
+from qlora_kernels import cli
 from qlora_kernels.integrations import convert as module
 from qlora_kernels.integrations.command import add_options, main
 from qlora_kernels.integrations.convert import convert_checkpoint
@@ -44,8 +44,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return saved(make("llama", intermediate_size=160), tmp_path_factory.mktemp("llama"))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "qwen2"])
-@pytest.mark.parametrize("format", ["nf4", "int4"])
+CASES = [(name, "nf4") for name in ("llama", "gpt2", "t5", "qwen2", "mixtral", "qwen2_moe")]
+CASES += [(name, format) for name in ("llama", "mixtral") for format in ("int4", "any4")]
+# One of every other way to be stored.
+CASES += [("llama", name) for name in ("any4", "bof3s", "mxfp4")]
+CASES += [("mixtral", name) for name in ("kmeans", "int4_asym")]
+
+
+@pytest.mark.parametrize(("name", "format"), CASES)
 def test_quantized_as_from_pretrained_does(name: str, format: str, tmp_path: Path) -> None:
     dense = make(name)
     path = saved(dense.to(torch.bfloat16), tmp_path)
@@ -62,6 +68,45 @@ def test_quantized_as_from_pretrained_does(name: str, format: str, tmp_path: Pat
     assert not any(info.values())
     wanted = dict(model.dequantize(torch.bfloat16).named_parameters())
     assert all(torch.equal(p, wanted[n]) for n, p in plain.named_parameters())
+    # As transformers saves it: a mixture's experts one by one.
+    assert tensors(back).keys() == tensors(Path(path)).keys()
+
+
+def test_mixtures_and_bitsandbytes(tmp_path: Path) -> None:
+    """Its files hold experts dense; quantized ones are not what it can read."""
+    path = saved(make("mixtral"), tmp_path)
+    in_4bit(path, bnb_4bit_use_double_quant=False).save_pretrained(tmp_path / "stock")
+    direct = convert(path, tmp_path / "direct", to="bitsandbytes", double_quant=False)
+    assert same(direct, tmp_path / "stock")
+    ours = convert(direct, tmp_path / "ours")
+    model = Auto.from_pretrained(ours)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, qlk.QuantizedLinear)
+    assert model.model.layers[0].mlp.experts.down_proj.dtype == torch.float32
+    assert same(convert(ours, tmp_path / "again", to="bitsandbytes"), direct)
+    dense = Auto.from_pretrained(convert(ours, tmp_path / "plain", to="dense", dtype=torch.float32))
+    assert relative_error(dense(tokens()).logits, model(tokens()).logits) < 1e-5
+    quantized = convert(path, tmp_path / "quantized")
+    with pytest.raises(qlk.errors.ArgumentError, match="without quantized experts"):
+        convert(quantized, tmp_path / "out", to="bitsandbytes")
+
+
+def test_experts_that_are_stored_as_one_tensor(tmp_path: Path) -> None:
+    """A file may hold what the model does: the 3-D stack itself."""
+    model = make("qwen2_moe")
+    path = Path(saved(model, tmp_path))
+    wanted = convert(path, tmp_path / "wanted")
+    held = {n: t for n, t in tensors(path).items() if ".experts." not in n}
+    held |= {n: p.data for n, p in model.named_parameters() if ".experts." in n}
+    fused = tmp_path / "fused"
+    fused.mkdir()
+    shutil.copyfile(path / "config.json", fused / "config.json")
+    save_file(held, fused / "model.safetensors", {"format": "pt"})
+    assert same(convert(fused, tmp_path / "got"), wanted)
+    name = "model.layers.1.mlp.experts.down_proj"
+    held[name] = held[name][:, :-1].contiguous()
+    save_file(held, fused / "model.safetensors", {"format": "pt"})
+    with pytest.raises(qlk.errors.CheckpointError, match=f"SRC has {name} as"):
+        convert(fused, tmp_path / "out")
 
 
 def test_bitsandbytes_there_and_back(llama: str, tmp_path: Path) -> None:
@@ -164,9 +209,6 @@ def test_what_is_refused(llama: str, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(qlk.errors.CheckpointError, match="cannot be read"):
         convert(ours, tmp_path / "out", to="dense")
-    mixture = saved(make("mixtral"), tmp_path / "mixture")
-    with pytest.raises(qlk.errors.ArgumentError, match="mixtures of experts"):
-        convert(mixture, tmp_path / "out")
 
 
 def test_command(llama: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -184,8 +226,6 @@ def test_command(llama: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert main(parser.parse_args([target + "x", target + "y"])) == 1
 
 
-@pytest.mark.slow
-def test_command_line(llama: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "qlora_kernels", "convert", llama, str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(tmp_path / "out")
+def test_command_line(llama: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["convert", llama, str(tmp_path / "out"), "--quiet"]) == 0
+    assert capfd.readouterr() == (f"{tmp_path / 'out'}\n", "")

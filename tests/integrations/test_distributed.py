@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on two processes (gloo, CPU) against one."""
+"""DDP and FSDP2, by hand and by accelerate, on two processes (gloo, CPU) against one."""
 
 from __future__ import annotations
 
@@ -20,16 +20,25 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def launched(*command: str) -> None:
+    """Run a launcher's module to its end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     out = tmp_path_factory.mktemp("distributed") / "seen.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--standalone", "-m", "tests.integrations.distributed_worker", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    command = ["torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    launched(*command, "-m", "tests.integrations.distributed_worker", str(out))
     return out.parent, json.loads(out.read_text())
 
 
@@ -54,7 +63,9 @@ def test_stored_weights_are_sharded_and_never_cast(
     seen = run[1]
     assert seen[f"{kind} local bytes"] == 0.5
     assert seen[f"{kind} mixed precision keeps weights"] == 1.0
-    assert seen[f"{kind} mixed precision gradients"] < 5e-2
+    # bf16's own error over the whole model, which dense linear layers have too.
+    gradients = f"{kind} mixed precision gradients"
+    assert 0 < seen[gradients] < 2 * seen[f"{gradients} of a dense model"]
 
 
 @pytest.mark.parametrize("kind", ["own", "peft"])
@@ -71,3 +82,19 @@ def test_checkpoint_of_two_processes_is_read_by_one(
     loss, got = step(model, tokens())
     assert loss == wanted
     assert all(torch.equal(got[name], gradients[name]) for name in gradients)
+
+
+def test_accelerate_launch_with_fsdp2(tmp_path: Path) -> None:
+    """Its own launcher and configuration: sharded, sent from the first process, trained, saved."""
+    pytest.importorskip("accelerate", reason="in the hf extra")
+    out = tmp_path / "seen.json"
+    command = ["accelerate.commands.launch", "--config_file", "tests/integrations/fsdp2.yaml"]
+    launched(*command, "--module", "tests.integrations.accelerate_worker", str(out))
+    seen = json.loads(out.read_text())
+    assert seen["kind"] == "DistributedType.FSDP"
+    for kind in ("own", "peft"):
+        assert seen[f"{kind} sharded"] and seen[f"{kind} layers"] > 2
+        for number in range(2):
+            assert seen[f"{kind} loss {number}"] < 1e-6
+            assert seen[f"{kind} gradients {number}"] < 1e-5
+        assert seen[f"{kind} frozen"] and seen[f"{kind} trained"] < 0.01

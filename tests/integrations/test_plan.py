@@ -9,8 +9,9 @@ import torch
 
 import qlora_kernels as qlk
 from qlora_kernels import cli
-from qlora_kernels.integrations.plan import SHAPES, Plan, config_of, plan_memory
-from tests.integrations.live_memory import LiveMemory
+from qlora_kernels.finetune.optimizers import OPTIMIZERS as CHOICES
+from qlora_kernels.integrations.plan import OPTIMIZERS, SHAPES, Plan, config_of, plan_memory
+from qlora_kernels.testing.live_memory import LiveMemory
 from tests.integrations.models import transformers
 
 
@@ -25,10 +26,12 @@ def config(vocabulary: int) -> Any:
     )
 
 
-def measured_peak(shape: Any, checkpointing: bool, dropout: float) -> tuple[int, int]:
+def measured_peak(
+    shape: Any, checkpointing: bool, dropout: float, dtype: torch.dtype
+) -> tuple[int, int]:
     """Bytes that live through a step, and at its peak."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.float32).train()
+    model = transformers.AutoModelForCausalLM.from_config(shape, dtype=dtype).train()
     qlk.replace_linear(model, rank=16, dropout=dropout)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -56,9 +59,10 @@ def measured_peak(shape: Any, checkpointing: bool, dropout: float) -> tuple[int,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("vocabulary", "dropout"), [(512, 0.0), (4000, 0.1)])
 def test_plan_is_within_a_tenth_of_a_real_step(
-    checkpointing: bool, vocabulary: int, dropout: float
+    checkpointing: bool, vocabulary: int, dropout: float, dtype: torch.dtype
 ) -> None:
     shape = config(vocabulary)
     plan = plan_memory(
@@ -67,10 +71,10 @@ def test_plan_is_within_a_tenth_of_a_real_step(
         seq_len=64,
         rank=16,
         dropout=dropout,
-        dtype=torch.float32,
+        dtype=dtype,
         checkpointing=checkpointing,
     )
-    lasting, peak = measured_peak(shape, checkpointing, dropout)
+    lasting, peak = measured_peak(shape, checkpointing, dropout, dtype)
     planned = plan.codes + plan.scales + plan.dense + plan.adapters + plan.optimizer
     assert planned == pytest.approx(lasting, rel=0.01)
     assert plan.total == pytest.approx(peak, rel=0.1)
@@ -107,3 +111,50 @@ def test_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*command, "--card", "0.001"]) == 1
     assert "does not fit 0.001 GiB" in capsys.readouterr().out
     assert str(Plan(2**30, 0, 0, 0, 0, 0, 0, 0)).startswith("codes            1.00 GiB")
+
+
+def test_table_beside_the_papers_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--table", "--seq-len", "64"]) == 0
+    head, _, *rows = (line[2:-2].split(" | ") for line in capsys.readouterr().out.splitlines())
+    table = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert table.keys() == SHAPES.keys()
+
+    def number(name: str, column: str) -> float:
+        return float(table[name][column].strip("<> GB"))
+
+    # Released sizes, in 1e9: 6.74, 13.02, 32.53, 65.29; Llama 3's are 8.03 and 70.55.
+    for name, size in zip(SHAPES, (6.74, 13.02, 32.53, 65.29, 8.03, 70.55), strict=True):
+        assert table[name]["parameters"] == f"{size:.2f}e9"
+    for name in ("llama-7b", "llama-13b", "llama-33b", "llama-65b"):
+        # The paper's program held up to half as much again beside the weights.
+        assert 0.6 < number(name, "base, 4 bits") / number(name, "paper's model") < 1
+    assert number("llama-65b", "full, 16 bits") == pytest.approx(780, rel=0.01)
+    for name, gib in (("llama-33b", 24), ("llama-65b", 48)):
+        assert number(name, "all of a step") < gib * 2**30 / 1e9
+        assert table[name]["paper's card"] == f"< {gib} GB"
+    assert cli.main(["plan"]) == 2
+
+
+def test_finetune_plans_its_own_options(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = config(512)
+    shape.save_pretrained(tmp_path)
+    command = ["finetune", "--model", str(tmp_path), "--plan", "--rank", "8", "--seq-len", "64"]
+    command += ["--batch", "2", "--dtype", "float32", "--optim", "paged-adamw-8bit"]
+    assert cli.main([*command, "--card", "1"]) == 0
+    wanted = plan_memory(
+        shape,
+        batch=2,
+        seq_len=64,
+        rank=8,
+        dtype=torch.float32,
+        checkpointing=False,
+        optimizer="paged-adamw-8bit",
+    )
+    assert capsys.readouterr().out == f"{wanted}\nfits 1 GiB\n"
+    assert list(tmp_path.iterdir()) == [tmp_path / "config.json"]
+    for wrong in (["--method", "lora"], ["--rank", "0"]):
+        assert cli.main([*command, *wrong]) == 2
+    assert cli.main(["finetune", "--plan"]) == 2
+    assert "--model must be given with --plan" in capsys.readouterr().err
+    # What one can ask of a run, one can plan.
+    assert OPTIMIZERS.keys() >= CHOICES.keys()
