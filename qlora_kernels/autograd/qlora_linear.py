@@ -27,6 +27,8 @@ from qlora_kernels.ops.checks import (
     weight_operands,
 )
 from qlora_kernels.ops.dropout import draw_seed
+from qlora_kernels.ops.library import runs_eagerly
+from qlora_kernels.ops.qlora_linear import run_qlora_linear
 
 _forward = torch.ops.qlora_kernels.qlora_linear.default
 _backward = torch.ops.qlora_kernels.qlora_linear_backward.default
@@ -156,7 +158,8 @@ def qlora_linear_of(
             rows, lora_a, lora_b, bias, scaling, dropout_p, seed, batch_invariant, *operands
         )
     else:
-        y, _ = _forward(
+        forward = run_qlora_linear if runs_eagerly(rows) else _forward
+        y, _ = forward(
             rows, *operands, lora_a, lora_b, scaling, bias, dropout_p, seed, batch_invariant
         )
     return shaped_like(x, y)

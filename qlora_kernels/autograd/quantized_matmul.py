@@ -11,6 +11,8 @@ from qlora_kernels.autograd.stored_linear import StoredMatmulFunction
 from qlora_kernels.formats.operands import StoredOperands, WeightOperands
 from qlora_kernels.formats.quantized_weight import QuantizedWeight
 from qlora_kernels.ops.checks import autocast_input, check_parameter, check_x, weight_operands
+from qlora_kernels.ops.library import runs_eagerly
+from qlora_kernels.ops.quantized_matmul import run_quantized_matmul
 
 # The overloads themselves: finding them by name on every call takes microseconds.
 _forward = torch.ops.qlora_kernels.quantized_matmul.default
@@ -122,5 +124,6 @@ def quantized_linear_of(
     elif torch.is_grad_enabled():
         y = QuantizedMatmulFunction.apply(rows, bias, batch_invariant, *operands)
     else:
-        y = _forward(rows, *operands, bias, batch_invariant)
+        forward = run_quantized_matmul if runs_eagerly(rows) else _forward
+        y = forward(rows, *operands, bias, batch_invariant)
     return shaped_like(x, y)

@@ -26,7 +26,8 @@ def _fake_forward(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch
     "-> (Tensor, Tensor)",
     _fake_forward,
 )
-def _qlora_linear(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def run_qlora_linear(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op's body: the kernel that the registry picks."""
     operands = operands_of(arguments)
     lora_a, lora_b, scaling, *rest = arguments[_WEIGHT_SIZE:]
     # The dispatcher leaves out trailing arguments that have their default.

@@ -81,7 +81,8 @@ def _fake_matmul(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     "-> Tensor",
     _fake_matmul,
 )
-def _quantized_matmul(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+def run_quantized_matmul(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """The op's body: the kernel that the registry picks."""
     operands = operands_of(arguments)
     # The dispatcher leaves out trailing arguments that have their default.
     defaults: list[Any] = [None, False]

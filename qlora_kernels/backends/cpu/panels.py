@@ -62,6 +62,11 @@ def _product(
     dtype, weight = x.dtype, weight_arguments(operands)
     if are_small(operands.block_size):
         return F.linear(x, dequantize_small(isa, operands, dtype).view(rows, cols), bias)
+    if rows * cols * dtype.itemsize <= PANEL_BYTES:
+        # One panel: torch allocates the result, and no slice of it is made.
+        panel = _panel_scratch(rows, cols, dtype)
+        torch.ops.qlora_kernels_cpu.decode_panel.default(*weight, 0, 0, panel, isa)
+        return F.linear(x, panel, bias)
     y = torch.empty(x.shape[0], rows, dtype=dtype)
     for begin, end in _panels(rows, cols, dtype):
         panel = _panel_scratch(end - begin, cols, dtype)
@@ -79,6 +84,10 @@ def _backward_product(isa: int, grad_y: torch.Tensor, operands: WeightOperands) 
     dtype, weight = grad_y.dtype, weight_arguments(operands)
     if are_small(operands.block_size):
         return grad_y @ dequantize_small(isa, operands, dtype).view(rows, cols)
+    if rows * cols * dtype.itemsize <= PANEL_BYTES:
+        panel = _panel_scratch(rows, cols, dtype)
+        torch.ops.qlora_kernels_cpu.decode_panel.default(*weight, 0, 0, panel, isa)
+        return torch.mm(grad_y, panel)
     grad_x = torch.empty(grad_y.shape[0], cols, dtype=dtype)
     for begin, end in _panels(cols, rows, dtype):
         panel = _panel_scratch(rows, end - begin, dtype)
