@@ -45,7 +45,9 @@ def one(settings: Settings, sizes: Sizes, sequence: int, dtype: torch.dtype, dro
     expected = 7 * sizes.layers
     assert len(report.fused) == expected and not report.fallback, str(report)
     ids = torch.randint(sizes.vocabulary, (1, sequence), generator=torch.Generator().manual_seed(0))
-    verify(stock, fused, ids, CLOSE[dtype])
+    # On copies: in eval mode bitsandbytes repacks its weights where the CPU has bf16 products, and
+    # what trains on them afterwards is faster by the gradients that no longer flow.
+    verify(copy.deepcopy(stock), copy.deepcopy(fused), ids, CLOSE[dtype])
     steps = {
         "ours": step_of(fused, optimizer_for(fused, device), ids),
         "peer": step_of(stock, optimizer_for(stock, device), ids),
