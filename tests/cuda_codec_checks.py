@@ -6,8 +6,10 @@ import math
 
 import torch
 
-from qlora_kernels.formats import Codebook, get_format
+import qlora_kernels as qlk
+from qlora_kernels.formats import Codebook, get_format, list_formats
 from qlora_kernels.formats.dynamic8 import dynamic8_table
+from qlora_kernels.formats.operands import StoredOperands, kernel_operands
 from qlora_kernels.reference import (
     dequantize_reference,
     double_quantize_reference,
@@ -20,7 +22,7 @@ from tests import cuda_codecs
 from tests.emulation.cuda.runner import Runner
 from tests.problems import DTYPES, SCALES, random_weight
 
-CODEBOOKS = {name: get_format(name).codebook for name in ("nf4", "fp4", "int4")} | {
+CODEBOOKS = {name: get_format(name).codebook for name in list_formats()} | {
     "two": Codebook("two", values=[-1.0, 1.0]),
     "unsorted": Codebook("unsorted", values=[0.9, -0.2, 0.4, -1.0, 0.1]),
     "one_sided": Codebook("one_sided", values=[0.1 * i for i in range(1, 17)]),
@@ -221,6 +223,23 @@ def check_dequantize_every_byte(runner: Runner, seed: int) -> None:
         weight = random_weight((len(edges), 512), 512, codebook=name)
         weight = weight._replace(codes=codes, absmax=absmax)
         _check_dequantize(runner, seed, [weight], DTYPES[(i + seed) % 3])
+
+
+def check_dequantize_formats(runner: Runner, seed: int) -> None:
+    # What the kernel sees of each: shifts are added around it, tables per row looked up by torch.
+    weights = []
+    for name in list_formats():
+        dense = torch.randn(12, 160, generator=torch.Generator().manual_seed(seed))
+        operands = qlk.quantize(dense, name).operands()
+        if isinstance(operands, StoredOperands):
+            if operands.codebook.dim() == 2:
+                continue
+            operands = kernel_operands(operands)
+        weights.append(operands)
+    assert len(weights) >= len(list_formats()) - 2
+    for begin in range(0, len(weights), 5):
+        dtype = DTYPES[(begin // 5 + seed) % 3]
+        _check_dequantize(runner, seed, weights[begin : begin + 5], dtype)
 
 
 def check_dequantize_layouts(runner: Runner, seed: int) -> None:

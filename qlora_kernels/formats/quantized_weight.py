@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from qlora_kernels.errors import argument_error, type_error
 from qlora_kernels.formats.format import Format
@@ -177,8 +178,25 @@ class QuantizedWeight:
 
     def operands(self) -> WeightOperands | StoredOperands:
         """What the ops take; a `WeightOperands` is what kernels take as well."""
+        traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+        held: WeightOperands | None = self.__dict__.get("_operands")
+        if held is not None and not traced:
+            return held
         tensors = {name: getattr(self, name) for name in TENSOR_FIELDS}
-        return assemble_operands(self.format, self.shape, tensors)
+        operands = assemble_operands(self.format, self.shape, tensors)
+        # Kept where they are the stored tensors themselves and nothing is being traced: making
+        # them takes longer than all else that Python does for a matmul.
+        if (
+            isinstance(operands, WeightOperands)
+            and self.format.scale_store in ("fp32", "double_quant")
+            and type(self.codes) is torch.Tensor
+            and not traced
+        ):
+            self.__dict__["_operands"] = operands
+        return operands
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_operands"}
 
 
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
