@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.autograd.quantized_matmul import bias_gradient, rows_of, shaped_like
+from qlora_kernels.autograd.common import bias_gradient, rows_of, shaped_like
 from qlora_kernels.errors import argument_error, type_error
 from qlora_kernels.ops.checks import (
     autocast_input,

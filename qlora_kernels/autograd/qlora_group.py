@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.autograd.quantized_matmul import bias_gradient, rows_of, shaped_like
+from qlora_kernels.autograd.common import bias_gradient, rows_of, shaped_like
 from qlora_kernels.formats.operands import WeightOperands
 from qlora_kernels.ops.checks import autocast_input, check_adapter, check_parameter, check_x
 from qlora_kernels.ops.dropout import draw_seed

@@ -7,13 +7,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.autograd.quantized_matmul import (
-    bias_gradient,
-    restore_saved,
-    rows_of,
-    save_weight,
-    shaped_like,
-)
+from qlora_kernels.autograd.common import bias_gradient, rows_of, shaped_like
+from qlora_kernels.autograd.quantized_matmul import restore_saved, save_weight
 from qlora_kernels.autograd.stored_linear import StoredQLoRALinearFunction
 from qlora_kernels.formats.operands import StoredOperands, WeightOperands
 from qlora_kernels.formats.quantized_weight import QuantizedWeight

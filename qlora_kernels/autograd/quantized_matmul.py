@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from qlora_kernels.autograd.common import bias_gradient, rows_of, shaped_like
 from qlora_kernels.autograd.stored_linear import StoredMatmulFunction
 from qlora_kernels.formats.operands import StoredOperands, WeightOperands
 from qlora_kernels.formats.quantized_weight import QuantizedWeight
@@ -59,24 +60,6 @@ def restore_saved(ctx: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """
     tensors, split = ctx.saved_tensors, WeightOperands._fields.index("shape")
     return (*tensors[:split], *ctx.weight_numbers), tensors[split:]
-
-
-def bias_gradient(grad_y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Sum over tokens, in at least fp32."""
-    wide = torch.promote_types(grad_y.dtype, torch.float32)
-    return grad_y.sum(dim=0, dtype=wide).to(dtype)
-
-
-def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """x [..., K] as [M, K]."""
-    if x.dim() == 2:
-        return x
-    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
-
-
-def shaped_like(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """y [M, N] with the leading dimensions of x [..., K]."""
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 def quantized_linear(

@@ -10,15 +10,11 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from qlora_kernels.autograd.common import bias_gradient
 from qlora_kernels.formats.operands import StoredOperands
 
 _SPLIT = StoredOperands._fields.index("shape")
 _ABSENT = (None,) * len(StoredOperands._fields)
-
-
-def _bias_gradient(grad_y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    wide = torch.promote_types(grad_y.dtype, torch.float32)
-    return grad_y.sum(dim=0, dtype=wide).to(dtype)
 
 
 class StoredMatmulFunction(torch.autograd.Function):
@@ -42,7 +38,7 @@ class StoredMatmulFunction(torch.autograd.Function):
             weight = (*ctx.saved_tensors, *ctx.numbers)
             grad_x = torch.ops.qlora_kernels.stored_matmul_backward_input(grad_y, *weight)
         if ctx.needs_input_grad[1]:
-            grad_bias = _bias_gradient(grad_y, ctx.bias_dtype)
+            grad_bias = bias_gradient(grad_y, ctx.bias_dtype)
         return grad_x, grad_bias, None, *_ABSENT
 
 
@@ -98,5 +94,5 @@ class StoredQLoRALinearFunction(torch.autograd.Function):
             )
         grad_bias = None
         if ctx.needs_input_grad[3]:
-            grad_bias = _bias_gradient(grad_y, ctx.bias_dtype)
+            grad_bias = bias_gradient(grad_y, ctx.bias_dtype)
         return *grads, grad_bias, None, None, None, None, *_ABSENT
