@@ -13,10 +13,22 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+_BACKEND_KEY = getattr(os.environ, "encodekey", str)("QLK_BACKEND")
+
 
 def backend() -> str:
     """QLK_BACKEND, "auto" when unset or empty."""
     return os.environ.get("QLK_BACKEND") or "auto"
+
+
+def backend_given() -> bool:
+    """Whether `backend()` may be another than "auto", on the path of every inference call.
+
+    os.environ encodes a name to look it up, and raises and catches where there is none, which takes
+    longer than most of such a call; its dictionary is asked where it has one (CPython's does).
+    """
+    known: dict[object, object] | None = getattr(os.environ, "_data", None)
+    return backend() != "auto" if known is None else _BACKEND_KEY in known and backend() != "auto"
 
 
 def library_path() -> Path | None:

@@ -1,49 +1,25 @@
 // torch.ops.qlora_kernels_cpu.qlora_linear and qlora_linear_backward
-#include "matmul_utils.h"
+#include "adapter_utils.h"
 #include "qlk/convert.h"
 #include "qlk/dropout.h"
-#include "qlk/low_rank.h"
-#include "qlk/scratch.h"
 
 namespace {
 
 using namespace qlk::bindings;
 
-// lora_a [R, K] and lora_b [N, R].
-qlk::AdapterView view_of_a(const char* op, const Tensor& lora_a, int64_t cols) {
-  const qlk::DType dtype = float_dtype(op, "lora_a", lora_a);
-  const int64_t rank = check_rows(op, "lora_a", lora_a, cols);
-  return {lora_a.const_data_ptr(), dtype, rank, cols, cols, 1};
+// Rows of xa or u [tokens, rank] in fp32, padded with zeros.
+void load_left(const Tensor& product, qlk::DType dtype, int64_t tokens, int64_t rank, qlk::Isa isa,
+               float* left) {
+  const int64_t padded = qlk::padded_rank(rank);
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* row = left + t * padded;
+    qlk::load_f32(product.const_data_ptr(), dtype, t * rank, rank, isa, row);
+    std::fill(row + rank, row + padded, 0.0f);
+  }
 }
 
-qlk::AdapterView view_of_b(const char* op, const Tensor& lora_b, int64_t rows, int64_t rank) {
-  const qlk::DType dtype = float_dtype(op, "lora_b", lora_b);
-  STD_TORCH_CHECK(check_rows(op, "lora_b", lora_b, rank) == rows, op, ": lora_b must have ", rows,
-                  " rows, got ", lora_b.size(0));
-  return {lora_b.const_data_ptr(), dtype, rank, rows, 1, rank};
-}
-
-void set_low_rank(const qlk::AdapterView& right, const float* left, float scaling,
-                  qlk::QuantizedMatmulParams* p) {
-  p->low_rank.left = left;
-  p->low_rank.right = right.data;
-  p->low_rank.right_dtype = right.dtype;
-  p->low_rank.right_rank_stride = right.rank_stride;
-  p->low_rank.right_col_stride = right.col_stride;
-  p->low_rank.rank = right.rank;
-  p->low_rank.scaling = scaling;
-}
-
-float* left_scratch(const char* op, int64_t tokens, int64_t rank) {
-  static thread_local qlk::Scratch memory;
-  void* left =
-      memory.reserve(tokens * qlk::padded_rank(rank) * static_cast<int64_t>(sizeof(float)));
-  STD_TORCH_CHECK(left || tokens * rank == 0, op, ": out of memory for scratch");
-  return static_cast<float*>(left);
-}
-
-// `dropped` is x after dropout, x itself if there is none.
-void qlora_linear(const Tensor& x, const Tensor& dropped, QLK_WEIGHT_PARAMETERS,
+// `dropped` is x after dropout, x itself if there is none; without it xa is given, else written.
+void qlora_linear(const Tensor& x, const OptionalTensor& dropped, QLK_WEIGHT_PARAMETERS,
                   const Tensor& lora_a, const Tensor& lora_b, double scaling,
                   const OptionalTensor& bias, const Tensor& y, const Tensor& xa, bool tiles,
                   int64_t isa_level) {
@@ -55,44 +31,44 @@ void qlora_linear(const Tensor& x, const Tensor& dropped, QLK_WEIGHT_PARAMETERS,
   set_bias(kOp, bias, rows, &p);
   const qlk::AdapterView a = view_of_a(kOp, lora_a, cols);
   const qlk::AdapterView b = view_of_b(kOp, lora_b, rows, a.rank);
-  check_operand(kOp, "dropped", dropped, x.scalar_type(), x.numel());
+  if (dropped) check_operand(kOp, "dropped", *dropped, x.scalar_type(), x.numel());
   check_operand(kOp, "xa", xa, x.scalar_type(), p.tokens * a.rank);
   if (p.tokens == 0) return;
 
   float* left = left_scratch(kOp, p.tokens, a.rank);
-  check_status(kOp, qlk::down_projection(dropped.const_data_ptr(), p.dtype, p.tokens, a, 1.0f, isa,
-                                         torch_threads(), left));
-  for (int64_t t = 0; t < p.tokens; ++t)
-    qlk::store_f32(left + t * qlk::padded_rank(a.rank), a.rank, p.dtype, isa,
-                   qlk::element_at(xa.mutable_data_ptr(), p.dtype, t * a.rank));
+  if (dropped) {
+    check_status(kOp, qlk::down_projection(dropped->const_data_ptr(), p.dtype, p.tokens, a, 1.0f,
+                                           isa, torch_threads(), left));
+    for (int64_t t = 0; t < p.tokens; ++t)
+      qlk::store_f32(left + t * qlk::padded_rank(a.rank), a.rank, p.dtype, isa,
+                     qlk::element_at(xa.mutable_data_ptr(), p.dtype, t * a.rank));
+  } else {
+    load_left(xa, p.dtype, p.tokens, a.rank, isa, left);
+  }
   set_low_rank(b, left, static_cast<float>(scaling), &p);
   check_status(kOp, run_forward(p, tiles, isa));
 }
 
-// Gradients that are None are not needed.
+// Gradients that are None are not needed; u = scaling grad_y B [tokens, rank] may be given.
 void qlora_linear_backward(const Tensor& grad_y, const Tensor& dropped, const Tensor& xa,
                            QLK_WEIGHT_PARAMETERS, const Tensor& lora_a, const Tensor& lora_b,
                            double scaling, double dropout_p, const OptionalTensor& seed,
-                           const OptionalTensor& grad_x, const OptionalTensor& grad_a,
-                           const OptionalTensor& grad_b, bool tiles, int64_t isa_level) {
+                           const OptionalTensor& u_given, const OptionalTensor& grad_x,
+                           const OptionalTensor& grad_a, const OptionalTensor& grad_b, bool tiles,
+                           int64_t isa_level) {
   constexpr const char* kOp = "qlora_linear_backward";
   const qlk::Isa isa = checked_isa(kOp, isa_level);
   const qlk::DType dtype = float_dtype(kOp, "grad_y", grad_y);
   const int64_t tokens = check_rows(kOp, "grad_y", grad_y, rows);
   const qlk::AdapterView a = view_of_a(kOp, lora_a, cols);
   const qlk::AdapterView b = view_of_b(kOp, lora_b, rows, a.rank);
-  const int64_t padded = qlk::padded_rank(a.rank);
   const auto threads = torch_threads();
 
   if (grad_b) {
     check_operand(kOp, "xa", xa, grad_y.scalar_type(), tokens * a.rank);
     check_operand(kOp, "grad_b", *grad_b, lora_b.scalar_type(), rows * a.rank);
     float* left = left_scratch(kOp, tokens, a.rank);
-    for (int64_t t = 0; t < tokens; ++t) {
-      float* row = left + t * padded;
-      qlk::load_f32(xa.const_data_ptr(), dtype, t * a.rank, a.rank, isa, row);
-      std::fill(row + a.rank, row + padded, 0.0f);
-    }
+    load_left(xa, dtype, tokens, a.rank, isa, left);
     qlk::AdapterView gradient = b;
     gradient.data = grad_b->mutable_data_ptr();
     check_status(kOp, qlk::adapter_gradient(left, grad_y.const_data_ptr(), dtype, tokens,
@@ -101,8 +77,13 @@ void qlora_linear_backward(const Tensor& grad_y, const Tensor& dropped, const Te
   if (!grad_x && !grad_a) return;
 
   float* u = left_scratch(kOp, tokens, a.rank);
-  check_status(kOp, qlk::down_projection(grad_y.const_data_ptr(), dtype, tokens, b,
-                                         static_cast<float>(scaling), isa, threads, u));
+  if (u_given) {
+    check_operand(kOp, "u", *u_given, grad_y.scalar_type(), tokens * a.rank);
+    load_left(*u_given, dtype, tokens, a.rank, isa, u);
+  } else {
+    check_status(kOp, qlk::down_projection(grad_y.const_data_ptr(), dtype, tokens, b,
+                                           static_cast<float>(scaling), isa, threads, u));
+  }
   if (grad_a) {
     check_operand(kOp, "dropped", dropped, grad_y.scalar_type(), tokens * cols);
     check_operand(kOp, "grad_a", *grad_a, lora_a.scalar_type(), cols * a.rank);
@@ -126,12 +107,13 @@ void qlora_linear_backward(const Tensor& grad_y, const Tensor& dropped, const Te
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_cpu, m) {
-  m.def("qlora_linear(Tensor x, Tensor dropped, " QLK_WEIGHT_SCHEMA
+  m.def("qlora_linear(Tensor x, Tensor? dropped, " QLK_WEIGHT_SCHEMA
         ", Tensor lora_a, Tensor lora_b, float scaling, Tensor? bias, Tensor(a!) y, "
         "Tensor(b!) xa, bool tiles, int isa) -> ()");
   m.def("qlora_linear_backward(Tensor grad_y, Tensor dropped, Tensor xa, " QLK_WEIGHT_SCHEMA
         ", Tensor lora_a, Tensor lora_b, float scaling, float dropout_p, Tensor? seed, "
-        "Tensor(a!)? grad_x, Tensor(b!)? grad_a, Tensor(c!)? grad_b, bool tiles, int isa) -> ()");
+        "Tensor? u, Tensor(a!)? grad_x, Tensor(b!)? grad_a, Tensor(c!)? grad_b, bool tiles, int "
+        "isa) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qlora_kernels_cpu, CPU, m) {

@@ -106,6 +106,14 @@ T* write_operand(const char* op, const char* name, const Tensor& tensor, ScalarT
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+// fp32 values, or the int32 bits of them that a layer holds as its parameters.
+inline const float* read_floats(const char* op, const char* name, const Tensor& tensor,
+                                int64_t numel, Place place) {
+  const bool bits = tensor.scalar_type() == ScalarType::Int;
+  return read_operand<float>(op, name, tensor, bits ? ScalarType::Int : ScalarType::Float, numel,
+                             place);
+}
+
 // First-level scales of n_blocks blocks: exactly one of absmax and the four of double quantization.
 inline ScalesView scales_view(const char* op, int64_t n_blocks, const OptionalTensor& absmax,
                               const OptionalTensor& scale_codes, const OptionalTensor& scale_absmax,
@@ -116,7 +124,7 @@ inline ScalesView scales_view(const char* op, int64_t n_blocks, const OptionalTe
   STD_TORCH_CHECK(absmax.has_value() != scale_codes.has_value(), op,
                   ": exactly one of absmax and scale_codes must be given");
   if (absmax) {
-    view.absmax = read_operand<float>(op, "absmax", *absmax, ScalarType::Float, n_blocks, place);
+    view.absmax = read_floats(op, "absmax", *absmax, n_blocks, place);
     return view;
   }
   STD_TORCH_CHECK(scale_absmax && scale_offset && scale_codebook, op,
@@ -126,12 +134,10 @@ inline ScalesView scales_view(const char* op, int64_t n_blocks, const OptionalTe
   view.scale_block_size = scale_block_size;
   view.scale_codes =
       read_operand<uint8_t>(op, "scale_codes", *scale_codes, ScalarType::Byte, n_blocks, place);
-  view.scale_absmax = read_operand<float>(op, "scale_absmax", *scale_absmax, ScalarType::Float,
-                                          ceil_div(n_blocks, scale_block_size), place);
-  view.scale_offset =
-      read_operand<float>(op, "scale_offset", *scale_offset, ScalarType::Float, 1, place);
-  view.scale_codebook =
-      read_operand<float>(op, "scale_codebook", *scale_codebook, ScalarType::Float, 256, place);
+  view.scale_absmax =
+      read_floats(op, "scale_absmax", *scale_absmax, ceil_div(n_blocks, scale_block_size), place);
+  view.scale_offset = read_floats(op, "scale_offset", *scale_offset, 1, place);
+  view.scale_codebook = read_floats(op, "scale_codebook", *scale_codebook, 256, place);
   return view;
 }
 
@@ -153,7 +159,7 @@ inline QuantizedView quantized_view(const char* op, QLK_WEIGHT_PARAMETERS,
   QuantizedView view;
   view.codes =
       read_operand<uint8_t>(op, "codes", codes, ScalarType::Byte, ceil_div(numel, 2), place);
-  view.codebook = read_operand<float>(op, "codebook", codebook, ScalarType::Float, 16, place);
+  view.codebook = read_floats(op, "codebook", codebook, 16, place);
   view.scales = scales_view(op, ceil_div(numel, block_size), absmax, scale_codes, scale_absmax,
                             scale_offset, scale_codebook, scale_block_size, place);
   view.rows = rows;

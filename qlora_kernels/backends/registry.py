@@ -33,6 +33,10 @@ OPS = (
     "dropout",
 )
 
+# Backends of products alone. While one is forced, an op that it has no kernel of goes by priority:
+# what such an op gives is the same bits on every backend.
+PRODUCTS_ONLY = ("dense",)
+
 
 class Problem(NamedTuple):
     """What a choice may depend on. Sizes that an op does not have are 0.
@@ -87,6 +91,7 @@ class KernelEntry:
 
 _ENTRIES: dict[str, list[KernelEntry]] = {op: [] for op in OPS}
 _forced: ContextVar[str | None] = ContextVar("qlk_backend", default=None)
+_generation = 0
 
 
 def always_available() -> str | None:
@@ -113,6 +118,8 @@ def register_kernel(
         raise argument_error("register_kernel", "backend", f"new for {op}", repr(backend))
 
     def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
+        global _generation
+        _generation += 1
         _ENTRIES[op].append(KernelEntry(op, backend, priority, rejects, available, fn))
         _ENTRIES[op].sort(key=lambda entry: -entry.priority)
         _choose.cache_clear()
@@ -126,6 +133,17 @@ def entries(op: str) -> list[KernelEntry]:
     if op not in _ENTRIES:
         raise argument_error("entries", "op", f"one of {OPS}", repr(op))
     return list(_ENTRIES[op])
+
+
+def generation() -> int:
+    """Grows with every entry that is registered: what was chosen before may not be chosen again."""
+    return _generation
+
+
+def nothing_forced() -> bool:
+    """`forced_backend() == "auto"`, in less time."""
+    forced = _forced.get()
+    return not env.backend_given() if forced is None else forced == "auto"
 
 
 def known_backends() -> list[str]:
@@ -163,9 +181,15 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def _in_force(op: str, forced: str) -> str:
+    """What a forced backend means for an op; see `PRODUCTS_ONLY`."""
+    left = forced in PRODUCTS_ONLY and not any(entry.matches(forced) for entry in _ENTRIES[op])
+    return "auto" if left else forced
+
+
 @lru_cache(maxsize=4096)
 def _choose(problem: Problem, forced: str) -> KernelEntry:
-    check_backend(forced)
+    forced = _in_force(problem.op, check_backend(forced))
     reasons = []
     for entry in _ENTRIES[problem.op]:
         if forced != "auto" and not entry.matches(forced):
@@ -193,7 +217,7 @@ def select(problem: Problem) -> KernelEntry:
 
 def explain_problem(problem: Problem) -> str:
     """One line per candidate, in order: chosen, able, or why it was passed over."""
-    forced = forced_backend()
+    forced = _in_force(problem.op, forced_backend())
     lines = [f"{problem.op} ({_describe(problem)}), backend {forced}:"]
     chosen = False
     for entry in _ENTRIES[problem.op]:

@@ -56,9 +56,13 @@ def runs_eagerly(x: torch.Tensor) -> bool:
     It may not where something has to see it in torch's dispatcher: tracing, transforms, dispatch
     modes, tensor subclasses.
     """
+    return type(x) is torch.Tensor and nothing_traces()
+
+
+def nothing_traces() -> bool:
+    """Whether torch functions just run: nothing traces, transforms or watches them."""
     return (
-        type(x) is torch.Tensor
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
@@ -175,4 +179,11 @@ def _dequantize(*arguments: Any) -> torch.Tensor:
     return run_dequantize(WeightOperands(*weight)._replace(shape=tuple(weight[7])), dtype)
 
 
-__all__ = ["NAMESPACE", "define", "dequantize_problem", "run_dequantize", "runs_eagerly"]
+__all__ = [
+    "NAMESPACE",
+    "define",
+    "dequantize_problem",
+    "nothing_traces",
+    "run_dequantize",
+    "runs_eagerly",
+]

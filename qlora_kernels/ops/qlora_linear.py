@@ -58,9 +58,10 @@ def _fake_backward(
     "-> (Tensor, Tensor, Tensor)",
     _fake_backward,
 )
-def _qlora_linear_backward(
+def run_qlora_linear_backward(
     grad_y: torch.Tensor, x: torch.Tensor, xa: torch.Tensor, *arguments: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op's body: the kernel that the registry picks."""
     operands = operands_of(arguments)
     lora_a, lora_b, scaling, dropout_p, seed, needs = arguments[_WEIGHT_SIZE:]
     problem = matmul_problem("qlora_linear_backward", grad_y, operands, lora_a.shape[0])

@@ -98,7 +98,8 @@ def _fake_backward_input(grad_y: torch.Tensor, *arguments: Any) -> torch.Tensor:
 
 
 @define(f"quantized_matmul_backward_input(Tensor grad_y, {WEIGHT}) -> Tensor", _fake_backward_input)
-def _quantized_matmul_backward_input(grad_y: torch.Tensor, *arguments: Any) -> torch.Tensor:
+def run_quantized_matmul_backward_input(grad_y: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """The op's body: the kernel that the registry picks."""
     operands = operands_of(arguments)
     problem = matmul_problem("quantized_matmul_backward_input", grad_y, operands)
     grad_x: torch.Tensor = select(problem).fn(grad_y, operands)

@@ -51,9 +51,13 @@ QLK_AVX512 QLK_INLINE void decode_scales_avx512(const ScalesView& scales, int64_
     return;
   }
   const __m512 offset = _mm512_set1_ps(*scales.scale_offset);
+  const auto size = static_cast<uint64_t>(scales.scale_block_size);
+  const bool is_power = std::has_single_bit(size);
   int64_t i = 0;
   while (i < count) {
-    const int64_t group = (begin + i) / scales.scale_block_size;
+    // A row of a weight is decoded in little more time than a division takes.
+    const int64_t group =
+        is_power ? (begin + i) >> std::countr_zero(size) : (begin + i) / scales.scale_block_size;
     const int64_t group_end = std::min(count, (group + 1) * scales.scale_block_size - begin);
     const __m512 group_scale = _mm512_set1_ps(scales.scale_absmax[group]);
     for (; i + 16 <= group_end; i += 16) {

@@ -20,7 +20,22 @@ _AVX512 = ISA_NAMES.index("avx512")
 _AVX2 = ISA_NAMES.index("avx2")
 # Most tokens of the fused fp32 dot products, by level; a GEMM on panels is faster above.
 _DOT_TOKENS = {0: 4, _AVX2: 12, _AVX512: 40, AVX512_BF16: 24, _AMX: 24}
-_TILE_LEAST_TOKENS = 2
+TILE_LEAST_TOKENS = 2
+# Fewest tokens for which a call of torch's GEMM costs less than it saves.
+_GEMM_LEAST_TOKENS = 32
+# Smallest rank for which a GEMM, which has to widen its operands first, is the faster gradient.
+GEMM_LEAST_RANK = 32
+
+
+def most_dot_tokens(isa: int) -> int:
+    """Most tokens for which the fp32 dot products of a level are faster than a GEMM on panels."""
+    return _DOT_TOKENS[isa]
+
+
+def adapter_by_gemm(path: Path, tokens: int, depth: int, batch_invariant: bool = False) -> bool:
+    """Whether an adapter's product with many tokens, summed over `depth`, is torch's GEMM where the
+    weight's is a fused kernel: it has tiles as well there. Odd sums: see `panels.gemm_dtype`."""
+    return path == "tiles" and tokens >= _GEMM_LEAST_TOKENS and not (batch_invariant or depth % 2)
 
 
 def choose_path(
@@ -44,7 +59,7 @@ def choose_path(
         batch_invariant: whether a row's bits may not depend on the other rows.
     """
     if isa >= _AMX and dtype == torch.bfloat16:
-        few = tokens < _TILE_LEAST_TOKENS and not batch_invariant
+        few = tokens < TILE_LEAST_TOKENS and not batch_invariant
         return "dot" if few or out_features * in_features == 0 else "tiles"
     if batch_invariant or out_features * in_features == 0:
         return "dot"

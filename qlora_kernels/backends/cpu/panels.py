@@ -5,8 +5,10 @@ The adapter's products are GEMMs too, added to the same sums before their one ro
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +21,33 @@ from qlora_kernels.formats.quantized_weight import WeightOperands
 
 # Scratch for a panel of Ŵ.
 PANEL_BYTES = 16 << 20
+# Columns below which torch's GEMM is slow: panels of 151,936 rows by 27 columns took it three times
+# as long as blocks of 8192 by 512 (512 tokens, fp32).
+LEAST_COLUMNS = 512
 # Tokens whose fp32 copies an adapter's gradient needs at a time.
 GRADIENT_TOKENS = 2048
 
 _scratch = threading.local()
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+
+
+def _without_grad(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`torch.no_grad`, which is entered only where gradients are on: not inside a Function."""
+
+    @functools.wraps(function)
+    def called(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+        if not torch.is_grad_enabled():
+            return function(*arguments, **options)
+        with torch.no_grad():
+            return function(*arguments, **options)
+
+    return called
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`Tensor.to`, which takes a microsecond to do nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _panel_scratch(rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
@@ -44,14 +69,19 @@ def _panels(length: int, width: int, dtype: torch.dtype) -> Iterator[tuple[int, 
         yield begin, min(length, begin + step)
 
 
-def _gemm_dtype(dtype: torch.dtype, isa: int) -> torch.dtype:
+def gemm_dtype(dtype: torch.dtype, isa: int, *depths: int) -> torch.dtype:
     """fp16 is multiplied in fp32, and so is bf16 where the CPU's bf16 products are no faster.
 
     512 tokens, Golden Cove: torch's bf16 GEMM takes 1.8 times as long as its fp32 one with AMX
-    switched off, and five times without AVX512_BF16.
+    switched off, and five times without AVX512_BF16. With AMX it multiplies pairs: where a sum is
+    over an odd number of them it reads one of the next row as well and multiplies it by zero, and a
+    NaN there spreads (torch 2.13).
+
+    Args:
+        depths: over how many products the GEMMs sum.
     """
     native = dtype == torch.bfloat16 and isa >= AVX512_BF16 and bf16_gemm_pays()
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if native and not any(n % 2 for n in depths) else torch.float32
 
 
 def _product(
@@ -88,6 +118,8 @@ def _backward_product(isa: int, grad_y: torch.Tensor, operands: WeightOperands) 
         panel = _panel_scratch(rows, cols, dtype)
         torch.ops.qlora_kernels_cpu.decode_panel.default(*weight, 0, 0, panel, isa)
         return torch.mm(grad_y, panel)
+    if dtype == torch.float32 and rows * LEAST_COLUMNS * dtype.itemsize > PANEL_BYTES:
+        return _backward_in_blocks(isa, grad_y, weight, rows, cols)
     grad_x = torch.empty(grad_y.shape[0], cols, dtype=dtype)
     for begin, end in _panels(cols, rows, dtype):
         panel = _panel_scratch(rows, end - begin, dtype)
@@ -96,24 +128,40 @@ def _backward_product(isa: int, grad_y: torch.Tensor, operands: WeightOperands) 
     return grad_x
 
 
-@torch.no_grad()
+def _backward_in_blocks(
+    isa: int, grad_y: torch.Tensor, weight: tuple[object, ...], rows: int, cols: int
+) -> torch.Tensor:
+    """The same where so many rows leave room for few columns only: blocks of both, added up."""
+    width = min(cols, LEAST_COLUMNS)
+    grad_x = torch.empty(grad_y.shape[0], cols)
+    for col in range(0, cols, width):
+        end = min(cols, col + width)
+        for begin, row_end in _panels(rows, end - col, torch.float32):
+            panel = _panel_scratch(row_end - begin, end - col, torch.float32)
+            torch.ops.qlora_kernels_cpu.decode_panel.default(*weight, begin, col, panel, isa)
+            sums, part = grad_x[:, col:end], grad_y[:, begin:row_end]
+            torch.addmm(sums, part, panel, beta=0.0 if begin == 0 else 1.0, out=sums)
+    return grad_x
+
+
+@_without_grad
 def matmul_by_panels(
     isa: int, x: torch.Tensor, operands: WeightOperands, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x Ŵᵀ + bias [M,N]; one rounding, as in torch's F.linear."""
-    dtype = _gemm_dtype(x.dtype, isa)
+    dtype = gemm_dtype(x.dtype, isa, x.shape[1])
     wide_bias = None if bias is None else bias.to(dtype)
     return _product(isa, x.to(dtype), operands, wide_bias).to(x.dtype)
 
 
-@torch.no_grad()
+@_without_grad
 def backward_by_panels(isa: int, grad_y: torch.Tensor, operands: WeightOperands) -> torch.Tensor:
     """grad_y Ŵ [M,K]."""
-    dtype = _gemm_dtype(grad_y.dtype, isa)
+    dtype = gemm_dtype(grad_y.dtype, isa, grad_y.shape[1])
     return _backward_product(isa, grad_y.to(dtype), operands).to(grad_y.dtype)
 
 
-@torch.no_grad()
+@_without_grad
 def qlora_by_panels(
     isa: int,
     x: torch.Tensor,
@@ -123,18 +171,20 @@ def qlora_by_panels(
     lora_b: torch.Tensor,
     scaling: float,
     bias: torch.Tensor | None,
+    xa: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y [M,N] and xa [M,R]; `dropped` is x after dropout."""
-    dtype = _gemm_dtype(x.dtype, isa)
-    a, b = (adapter.to(x.dtype).to(dtype) for adapter in (lora_a, lora_b))
-    xa = (dropped.to(dtype) @ a.t()).to(x.dtype)
-    wide_bias = None if bias is None else bias.to(dtype)
-    y = _product(isa, x.to(dtype), operands, wide_bias)
-    y.addmm_(xa.to(dtype), b.t(), alpha=scaling)
-    return y.to(x.dtype), xa
+    """y [M,N] and xa [M,R], which may be given; `dropped` is x after dropout."""
+    storage, dtype = x.dtype, gemm_dtype(x.dtype, isa, *lora_a.shape)
+    b = _cast(_cast(lora_b, storage), dtype)
+    if xa is None:
+        xa = down_projection(dropped, lora_a, dtype)
+    wide_bias = None if bias is None else _cast(bias, dtype)
+    y = _product(isa, _cast(x, dtype), operands, wide_bias)
+    y.addmm_(_cast(xa, dtype), b.t(), alpha=scaling)
+    return _cast(y, storage), xa
 
 
-@torch.no_grad()
+@_without_grad
 def qlora_backward_by_panels(
     isa: int,
     grad_y: torch.Tensor,
@@ -147,32 +197,59 @@ def qlora_backward_by_panels(
     dropout_p: float,
     seed: torch.Tensor | None,
     needs: tuple[bool, bool, bool],
+    u: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """grad_x, grad_a, grad_b, empty where not needed; `dropped` is x after dropout."""
-    storage, dtype = grad_y.dtype, _gemm_dtype(grad_y.dtype, isa)
-    a, b = (adapter.to(storage).to(dtype) for adapter in (lora_a, lora_b))
-    wide = grad_y.to(dtype)
-    grad_x = dropped.new_empty(0)
-    grad_a, grad_b = lora_a.new_empty(0), lora_b.new_empty(0)
-    u = (wide @ b).mul_(scaling).to(storage) if needs[0] or needs[1] else xa
+    """grad_x, grad_a, grad_b, empty where not needed; `dropped` is x after dropout, and u
+    [M,R] = scaling·grad_y B may be given."""
+    storage, dtype = grad_y.dtype, gemm_dtype(grad_y.dtype, isa, *lora_b.shape)
+    wide = _cast(grad_y, dtype)
+    if u is None:
+        u = up_gradient(grad_y, lora_b, scaling, dtype) if needs[0] or needs[1] else xa
     if needs[0]:
+        a = _cast(_cast(lora_a, storage), dtype)
         sums = _backward_product(isa, wide, operands)
         if dropout_p and seed is not None:
-            sums += dropout_cpu(isa, u.to(dtype) @ a, dropout_p, seed)
+            sums += dropout_cpu(isa, torch.mm(_cast(u, dtype), a), dropout_p, seed)
         else:
-            sums.addmm_(u.to(dtype), a)
-        grad_x = sums.to(storage)
-    if needs[1]:
-        grad_a = _gradient(u, dropped).to(lora_a.dtype)
-    if needs[2]:
-        grad_b = _gradient(grad_y, xa).mul_(scaling).to(lora_b.dtype)
+            sums.addmm_(_cast(u, dtype), a)
+        grad_x = _cast(sums, storage)
+    else:
+        grad_x = dropped.new_empty(0)
+    grad_a = adapter_gradient(u, dropped, lora_a.dtype) if needs[1] else lora_a.new_empty(0)
+    grad_b = (
+        adapter_gradient(grad_y, xa, lora_b.dtype, scaling) if needs[2] else lora_b.new_empty(0)
+    )
     return grad_x, grad_a, grad_b
 
 
-def _gradient(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """leftᵀ right in fp32: an adapter's gradient is not rounded to the GEMM's dtype."""
-    sums = torch.zeros(left.shape[1], right.shape[1])
-    for begin in range(0, left.shape[0], GRADIENT_TOKENS):
-        part = slice(begin, begin + GRADIENT_TOKENS)
-        sums.addmm_(left[part].float().t(), right[part].float())
-    return sums
+@_without_grad
+def down_projection(x: torch.Tensor, lora_a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """xa = x Aᵀ [M,R] in x's dtype, by torch's GEMM in `dtype`."""
+    a = _cast(_cast(lora_a, x.dtype), dtype)
+    return _cast(torch.mm(_cast(x, dtype), a.t()), x.dtype)
+
+
+@_without_grad
+def up_gradient(
+    grad_y: torch.Tensor, lora_b: torch.Tensor, scaling: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """u = scaling·grad_y B [M,R] in grad_y's dtype, by torch's GEMM in `dtype`."""
+    b = _cast(_cast(lora_b, grad_y.dtype), dtype)
+    u = torch.empty(grad_y.shape[0], b.shape[1], dtype=dtype)
+    torch.addmm(u, _cast(grad_y, dtype), b, beta=0.0, alpha=scaling, out=u)
+    return _cast(u, grad_y.dtype)
+
+
+@_without_grad
+def adapter_gradient(
+    left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, scaling: float = 1.0
+) -> torch.Tensor:
+    """scaling·leftᵀ right, summed in fp32: an adapter's gradient is not rounded to the GEMM's."""
+    if left.shape[0] <= GRADIENT_TOKENS:
+        sums = torch.mm(left.float().t(), right.float())
+    else:
+        sums = torch.zeros(left.shape[1], right.shape[1])
+        for begin in range(0, left.shape[0], GRADIENT_TOKENS):
+            part = slice(begin, begin + GRADIENT_TOKENS)
+            sums.addmm_(left[part].float().t(), right[part].float())
+    return _cast(sums if scaling == 1.0 else sums.mul_(scaling), dtype)

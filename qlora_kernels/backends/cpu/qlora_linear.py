@@ -6,10 +6,31 @@ import torch
 
 from qlora_kernels.backends.cpu.common import contiguous, register_cpu_kernel, weight_arguments
 from qlora_kernels.backends.cpu.dropout import dropout_cpu
-from qlora_kernels.backends.cpu.matmul_path import choose_path
-from qlora_kernels.backends.cpu.panels import qlora_backward_by_panels, qlora_by_panels
+from qlora_kernels.backends.cpu.matmul_path import (
+    GEMM_LEAST_RANK,
+    Path,
+    adapter_by_gemm,
+    choose_path,
+)
+from qlora_kernels.backends.cpu.panels import (
+    adapter_gradient,
+    down_projection,
+    qlora_backward_by_panels,
+    qlora_by_panels,
+    up_gradient,
+)
 from qlora_kernels.backends.cpu.small_blocks import are_small
 from qlora_kernels.formats.quantized_weight import WeightOperands
+
+
+def qlora_path(
+    isa: int, x: torch.Tensor, operands: WeightOperands, batch_invariant: bool = False
+) -> Path:
+    """`choose_path` for x [M,K], and whether blocks are too small for it."""
+    if are_small(operands.block_size):
+        return "panels"
+    rows, cols = operands.shape
+    return choose_path(x.shape[0], rows, cols, x.dtype, isa, batch_invariant)
 
 
 @register_cpu_kernel("qlora_linear")
@@ -24,20 +45,26 @@ def qlora_linear_cpu(
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
     batch_invariant: bool = False,
+    xa: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y [M,N] and xa [M,R]; see `reference.qlora_linear_reference`."""
+    """y [M,N] and xa [M,R], which may be given; see `reference.qlora_linear_reference`."""
     rows, cols = operands.shape
     x = contiguous(x)
-    path = choose_path(x.shape[0], rows, cols, x.dtype, isa, batch_invariant)
-    path = "panels" if are_small(operands.block_size) else path
+    path = qlora_path(isa, x, operands, batch_invariant)
     dropped = dropout_cpu(isa, x, dropout_p, seed)
     if path == "panels":
-        return qlora_by_panels(isa, x, dropped, operands, lora_a, lora_b, scaling, bias)
+        return qlora_by_panels(isa, x, dropped, operands, lora_a, lora_b, scaling, bias, xa)
+    given = xa is not None
+    if xa is None:
+        given = adapter_by_gemm(path, x.shape[0], cols, batch_invariant)
+        if given:
+            xa = down_projection(dropped, lora_a, x.dtype)
+        else:
+            xa = x.new_empty(x.shape[0], lora_a.shape[0])
     y = x.new_empty(x.shape[0], rows)
-    xa = x.new_empty(x.shape[0], lora_a.shape[0])
     torch.ops.qlora_kernels_cpu.qlora_linear.default(
         x,
-        dropped,
+        None if given else dropped,
         *weight_arguments(operands),
         contiguous(lora_a),
         contiguous(lora_b),
@@ -64,12 +91,15 @@ def qlora_linear_backward_cpu(
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
     needs: tuple[bool, bool, bool] = (True, True, True),
+    u: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """grad_x, grad_a, grad_b, empty where not needed; see `qlora_linear_backward_reference`."""
+    """grad_x, grad_a, grad_b, empty where not needed; see `qlora_linear_backward_reference`.
+
+    u = scaling·grad_y B [M,R] may be given.
+    """
     rows, cols = operands.shape
     grad_y, x = contiguous(grad_y), contiguous(x)
-    path = choose_path(x.shape[0], rows, cols, x.dtype, isa)
-    path = "panels" if are_small(operands.block_size) else path
+    path = qlora_path(isa, x, operands)
     dropped = dropout_cpu(isa, x, dropout_p, seed) if needs[1] else x
     if path == "panels":
         return qlora_backward_by_panels(
@@ -84,14 +114,26 @@ def qlora_linear_backward_cpu(
             dropout_p,
             seed,
             needs,
+            u,
         )
     grad_x, grad_a, grad_b = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
-    if needs[0]:
+    left = needs
+    if u is None and (needs[0] or needs[1]) and adapter_by_gemm(path, x.shape[0], rows):
+        u = up_gradient(grad_y, lora_b, scaling, x.dtype)
+    if u is not None and lora_a.shape[0] >= GEMM_LEAST_RANK:
+        if needs[1]:
+            grad_a = adapter_gradient(u, dropped, lora_a.dtype)
+        if needs[2]:
+            grad_b = adapter_gradient(grad_y, xa, lora_b.dtype, scaling)
+        left = (needs[0], False, False)
+    if left[0]:
         grad_x = x.new_empty(x.shape[0], cols)
-    if needs[1]:
+    if left[1]:
         grad_a = lora_a.new_empty(lora_a.shape)
-    if needs[2]:
+    if left[2]:
         grad_b = lora_b.new_empty(lora_b.shape)
+    if not any(left):
+        return grad_x, grad_a, grad_b
     torch.ops.qlora_kernels_cpu.qlora_linear_backward.default(
         grad_y,
         dropped,
@@ -102,9 +144,10 @@ def qlora_linear_backward_cpu(
         scaling,
         dropout_p,
         seed if dropout_p else None,
-        grad_x if needs[0] else None,
-        grad_a if needs[1] else None,
-        grad_b if needs[2] else None,
+        u,
+        grad_x if left[0] else None,
+        grad_a if left[1] else None,
+        grad_b if left[2] else None,
         path == "tiles",
         isa,
     )
