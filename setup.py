@@ -9,7 +9,8 @@ a second build compiles only what changed.
 Read from the environment:
 
     QLK_BUILD_CUDA   auto (default): CUDA kernels if there is an nvcc; 1: none is an error; 0: off
-    QLK_CUDA_ARCHS   narrows the CUDA targets, for instance "90a" or "80;90a"
+    QLK_CUDA_ARCHS   narrows the CUDA targets, for instance "90a" or "80;90a"; sources named *_sm90
+                     have one of their own
     QLK_BUILD_WERROR 1: compiler warnings are errors
     CXX, NVCC        the compilers, if not the c++/g++/clang++ and nvcc that PATH finds first
 
@@ -190,9 +191,11 @@ def compile_units(cxx: list[str], nvcc: str | None) -> list[CompileUnit]:
         device = [nvcc, *NVCC_FLAGS, *(["-Werror=all-warnings"] if werror else []), include]
         if "CXX" in os.environ:
             device += ["-ccbin", cxx[0]]
-        device += [*gencode_flags(archs), f'-DQLK_CUDA_ARCHS="{" ".join(archs)}"']
+        device.append(f'-DQLK_CUDA_ARCHS="{" ".join(archs)}"')
         for source in sorted(ROOT.glob("csrc/kernels/*.cu")):
-            units.append(CompileUnit(source, tuple(device)))
+            # Instructions of sm_90a alone. Always built: the bindings link against its launchers.
+            own = ["90a"] if source.stem.endswith("_sm90") else archs
+            units.append(CompileUnit(source, (*device, *gencode_flags(own))))
     return units
 
 

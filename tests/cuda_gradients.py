@@ -9,7 +9,11 @@ from tests.cuda_codecs import DTYPE_NUMBERS
 from tests.emulation.cuda.runner import Runner
 
 HALVES = (torch.bfloat16, torch.float16)
-COLUMNS = 512  # qlk/cuda/launch.h, kGradientColumns
+
+
+def columns_of(rank: int, both: bool) -> int:
+    """Columns of a block's tile: qlk/cuda/launch.h, low_rank_gradient_tile."""
+    return 256 if rank > 32 and both else 512
 
 
 def low_rank_gradient(
@@ -44,7 +48,8 @@ def low_rank_gradient(
         shape = (token_slices, rank, cols) if rank_major else (token_slices, cols, rank)
         outputs["gradient_partials"] = torch.empty(shape)
     if right is not None:
-        outputs["u_partials"] = torch.empty(-(-cols // COLUMNS), tokens, rank)
+        tile = columns_of(rank, left is not None)
+        outputs["u_partials"] = torch.empty(-(-cols // tile), tokens, rank)
     if copy_stride:
         outputs["copy"] = torch.empty(tokens, copy_stride, dtype=data.dtype)
     flat = data.reshape(-1)
@@ -166,11 +171,14 @@ def check_gradient_and_u(runner: Runner, seed: int) -> None:
 
 
 def check_gradient_ranks(runner: Runner, seed: int) -> None:
-    """Around a chunk of ranks, and several of them."""
-    for i, rank in enumerate((15, 17, 31, 32, 33, 64, 100)):
+    """Around what a block takes at once, and several of them; of many ranks also more columns than
+    a warp's and a block's, and more tiles than stages."""
+    for i, rank in enumerate((15, 17, 31, 32, 33, 48, 64, 96, 100, 128)):
         dtype = HALVES[(i + seed) % 2]
         _check(runner, i, (20, 40, rank), dtype, rank_major=bool(i % 2))
         _check(runner, i, (20, 40, rank), dtype, 2, lora_b_dtype=torch.float32)
+    _check(runner, seed, (70, 300, 48), HALVES[seed % 2], 1, lora_b_dtype=torch.float32)
+    _check(runner, seed, (35, 530, 64), HALVES[seed % 2], 2, rank_major=True)
 
 
 def check_gradient_misaligned(runner: Runner, seed: int) -> None:
@@ -204,7 +212,7 @@ def check_gradient_copy(runner: Runner, seed: int) -> None:
 
 def check_projection(runner: Runner, seed: int) -> None:
     """u alone, of an adapter that is stored by ranks, and the copy beside it."""
-    sizes = ((1, 8, 1), (20, 104, 4), (49, 520, 17), (33, 72, 40), (100, 64, 16))
+    sizes = ((1, 8, 1), (20, 104, 4), (49, 520, 17), (33, 72, 40), (100, 64, 16), (40, 520, 64))
     for i, (tokens, cols, rank) in enumerate(sizes):
         dtype = HALVES[(i + seed) % 2]
         data = _random(tokens, cols, dtype=dtype, seed=i)

@@ -32,12 +32,20 @@ def fused_matmul(
     xa: torch.Tensor | None = None,
     lora_b: torch.Tensor | None = None,
     scaling: float = 0.0,
+    xa_gap: int = 0,
+    adapter: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y [M,N]; with `xa` [M,R] and `lora_b` [N,R], the adapter's term is added."""
+    """y [M,N]; with `xa` [M,R] and `lora_b` [N,R], the adapter's term is added. `xa_gap`: other
+    columns between the rows of xa. With an `adapter` [S,K] in place of xa, x · adapterᵀ is launched
+    ahead of the product, and xa is its first R columns."""
     tokens, (rows, cols) = len(x), weight.shape
     tiles = -(-tokens // _columns(tokens)) * -(-rows // TILE_N)
+    projected = {}
+    if adapter is not None:
+        projected = {"result": torch.empty(tokens, len(adapter), dtype=x.dtype)}
+        xa_gap = len(adapter)
     got = runner.call(
-        "fused_matmul",
+        "projected_matmul" if projected else "fused_matmul",
         seed=seed,
         integers={
             "scale_block_size": weight.scale_block_size,
@@ -49,6 +57,8 @@ def fused_matmul(
             "bias_dtype": 0 if bias is None else DTYPE_NUMBERS[bias.dtype],
             "lora_b_dtype": 0 if lora_b is None else DTYPE_NUMBERS[lora_b.dtype],
             "rank": 0 if lora_b is None else lora_b.shape[1],
+            "adapter_dtype": 0 if adapter is None else DTYPE_NUMBERS[adapter.dtype],
+            "xa_stride": xa_gap + (0 if xa is None else xa.shape[1]),
             "splits": splits,
         },
         reals={"scaling": scaling},
@@ -62,10 +72,12 @@ def fused_matmul(
             "scale_codebook": weight.scale_codebook,
             "x": x,
             "bias": bias,
-            "xa": xa,
+            "xa": None if xa is None else with_gap(xa, xa_gap),
             "lora_b": lora_b,
+            "adapter": adapter,
         },
         outputs={
+            **projected,
             "y": torch.empty(tokens, rows, dtype=x.dtype),
             "partials": torch.empty(tiles * splits * TILE_N * _columns(tokens)),
         },
@@ -73,6 +85,12 @@ def fused_matmul(
     )
     assert not got["tickets"].any(), "tickets are left for the next launch"
     return got["y"]
+
+
+def with_gap(xa: torch.Tensor, columns: int) -> torch.Tensor:
+    """xa's rows with NaN between them, and nothing behind the last."""
+    wide = torch.nn.functional.pad(xa, (0, columns), value=float("nan")).reshape(-1)
+    return wide[: wide.numel() - columns] if len(xa) else wide
 
 
 def down_projection(
@@ -205,8 +223,22 @@ def _check_adapter(runner: Runner, seed: int, problem: QLoRAProblem, splits: int
         xa,
         problem.lora_b,
         problem.scaling,
+        xa_gap=5 * splits,
     )
     assert_qlora(y, xa, problem)
+
+
+def check_projections_launched_ahead(runner: Runner, seed: int) -> None:
+    """The bits of two launches apart, though the second starts first where it can."""
+    for i, (tokens, splits) in enumerate(((1, 1), (5, 3), (20, 2))):
+        weight = random_weight((136, 320), 64, ("absmax", "nested")[i % 2], seed=i)
+        problem = random_qlora(tokens, weight, 8, HALVES[i % 2], torch.float32, seed=i)
+        arguments = {"splits": splits, "lora_b": problem.lora_b, "scaling": problem.scaling}
+        xa = down_projection(runner, seed, problem.x, problem.lora_a)
+        apart = fused_matmul(runner, seed, problem.x, weight, xa=xa, **arguments)
+        adapter = torch.cat([problem.lora_a, problem.lora_a[: 3 * i].flip(0)])
+        y = fused_matmul(runner, seed, problem.x, weight, adapter=adapter, **arguments)
+        assert_bitwise_equal(y, apart, f"{tokens} tokens, {splits} splits")
 
 
 def check_adapters(runner: Runner, seed: int) -> None:

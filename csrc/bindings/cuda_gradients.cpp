@@ -42,7 +42,7 @@ LowRankGradientParams operands(const char* op, const char* data_name, const Tens
 int64_t scratch_numel(int64_t tokens, int64_t cols, int64_t rank, int64_t token_slices,
                       bool with_gradient, bool with_u) {
   const int64_t gradient_slices = with_gradient ? token_slices : 0;
-  const int64_t u_slices = with_u ? qlk::cuda::low_rank_gradient_columns(cols) : 0;
+  const int64_t u_slices = with_u ? qlk::cuda::low_rank_u_parts(cols, rank, with_gradient) : 0;
   return (gradient_slices * cols + u_slices * tokens) * rank;
 }
 
@@ -59,13 +59,14 @@ PartialSums gradient_sums(const char* op, const char* name, const LowRankGradien
   return sums;
 }
 
-// u [M,R] of data's dtype. `extended` [M, C + T] becomes [data | u | 0]: data by the first launch,
-// the rest by the one that adds the partial sums.
+// u [M,R] of data's dtype. `extended` [M, C + T], perhaps columns of a wider matrix, becomes
+// [data | u | 0]: data by the first launch, the rest by the one that adds the partial sums. T is R
+// or more, or 0: then u is not in it.
 PartialSums u_sums(const char* op, const char* name, LowRankGradientParams* p, double scaling,
                    const Tensor& u, const OptionalTensor& extended) {
   PartialSums sums;
   sums.partials = p->u_partials;
-  sums.parts = qlk::cuda::low_rank_gradient_columns(p->cols);
+  sums.parts = qlk::cuda::low_rank_u_parts(p->cols, p->rank, p->left != nullptr);
   sums.rows = p->tokens;
   sums.cols = p->rank;
   sums.scaling = static_cast<float>(scaling);
@@ -75,13 +76,19 @@ PartialSums u_sums(const char* op, const char* name, LowRankGradientParams* p, d
   sums.out = write_cuda<void>(op, name, u, dtype, p->tokens * p->rank);
   if (!extended) return sums;
   const int64_t width = extended->dim() == 2 ? extended->size(1) : 0;
-  STD_TORCH_CHECK(width >= p->cols + p->rank, op, ": extended must be [", p->tokens, ", at least ",
-                  p->cols + p->rank, "]");
-  auto* first = write_cuda<uint16_t>(op, "extended", *extended, dtype, p->tokens * width);
+  const int64_t stride = extended->dim() == 2 ? extended->stride(0) : 0;
+  STD_TORCH_CHECK(extended->is_cuda() && extended->scalar_type() == dtype && extended->dim() == 2 &&
+                      extended->size(0) == p->tokens && extended->stride(1) == 1 && stride >= width,
+                  op, ": extended must be [", p->tokens, ", cols] of ", dtype_name(dtype),
+                  ", rows of unit stride that do not overlap");
+  STD_TORCH_CHECK(width == p->cols || width >= p->cols + p->rank, op, ": extended must have ",
+                  p->cols, " columns, or at least ", p->cols + p->rank, ", got ", width);
+  auto* first = static_cast<uint16_t*>(extended->mutable_data_ptr());
   p->copy = first;
-  p->copy_stride = width;
+  p->copy_stride = stride;
+  if (width == p->cols) return sums;
   sums.tail = first + p->cols;
-  sums.tail_stride = width;
+  sums.tail_stride = stride;
   sums.tail_cols = width - p->cols;
   return sums;
 }

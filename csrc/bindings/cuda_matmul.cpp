@@ -16,12 +16,30 @@ int64_t check_matrix(const char* op, const char* name, const Tensor& tensor, int
   return tensor.size(0);
 }
 
-// `xa` [M,R] and `lora_b` [N,R] come together or not at all; with splits > 1, partials and tickets
-// are the scratch that qlk/cuda/launch.h describes.
+// The checked operands of result [M,R] = x [M,K] · adapterᵀ [R,K].
+qlk::cuda::DownProjectionParams projection_params(const char* op, const Tensor& x,
+                                                  const Tensor& adapter, const Tensor& result) {
+  qlk::cuda::DownProjectionParams p;
+  p.dtype = float_dtype(op, "x", x);
+  p.adapter_dtype = float_dtype(op, "adapter", adapter);
+  STD_TORCH_CHECK(x.dim() == 2, op, ": x must be 2-D");
+  p.cols = x.size(1);
+  p.tokens = check_matrix(op, "x", x, p.cols);
+  p.rank = check_matrix(op, "adapter", adapter, p.cols);
+  p.x = x.const_data_ptr();
+  p.adapter = adapter.const_data_ptr();
+  p.result = write_cuda<void>(op, "result", result, x.scalar_type(), p.tokens * p.rank);
+  return p;
+}
+
+// `xa` [M,R] and `lora_b` [N,R] come together or not at all; `projected` [M,K], `adapter` [S,K] and
+// `projection` [M,S], which xa is or is in, as well: then projection is computed first. With splits
+// > 1, partials and tickets are the scratch that qlk/cuda/launch.h describes.
 void fused_matmul(const Tensor& x, QLK_WEIGHT_PARAMETERS, const OptionalTensor& bias,
                   const OptionalTensor& xa, const OptionalTensor& lora_b, double scaling,
                   const Tensor& y, int64_t splits, const OptionalTensor& partials,
-                  const OptionalTensor& tickets, int64_t stream) {
+                  const OptionalTensor& tickets, const OptionalTensor& projected,
+                  const OptionalTensor& adapter, const OptionalTensor& projection, int64_t stream) {
   constexpr const char* kOp = "fused_matmul";
   qlk::cuda::FusedMatmulParams p;
   p.weight = quantized_view(kOp, QLK_WEIGHT_ARGUMENTS, Place::kCuda);
@@ -40,7 +58,13 @@ void fused_matmul(const Tensor& x, QLK_WEIGHT_PARAMETERS, const OptionalTensor& 
   if (xa) {
     p.lora_b_dtype = float_dtype(kOp, "lora_b", *lora_b);
     p.rank = xa->dim() == 2 ? xa->size(1) : 0;
-    p.xa = read_cuda<void>(kOp, "xa", *xa, x.scalar_type(), p.tokens * p.rank);
+    p.xa_stride = xa->dim() == 2 && p.tokens > 1 ? xa->stride(0) : p.rank;
+    // Columns of a wider matrix: the products of several adapters stand side by side.
+    STD_TORCH_CHECK(xa->is_cuda() && xa->scalar_type() == x.scalar_type() && xa->dim() == 2 &&
+                        xa->size(0) == p.tokens && (p.rank <= 1 || xa->stride(1) == 1) &&
+                        p.xa_stride >= p.rank,
+                    kOp, ": xa must be [", p.tokens, ", R] of x's dtype, with rows of unit stride");
+    p.xa = xa->const_data_ptr();
     p.lora_b = read_cuda<void>(kOp, "lora_b", *lora_b, lora_b->scalar_type(), rows * p.rank);
     p.scaling = static_cast<float>(scaling);
   }
@@ -58,21 +82,18 @@ void fused_matmul(const Tensor& x, QLK_WEIGHT_PARAMETERS, const OptionalTensor& 
         write_cuda<int32_t>(kOp, "tickets", *tickets, ScalarType::Int, tickets->numel()));
   }
   const DeviceGuard guard(x.get_device_index());
-  check_cuda(kOp, qlk::cuda::launch_fused_matmul(p, stream_pointer(stream)));
+  if (projected) {
+    STD_TORCH_CHECK(xa && adapter && projection, kOp, ": a projection needs its operands and xa");
+    const auto first = projection_params(kOp, *projected, *adapter, *projection);
+    check_cuda(kOp, qlk::cuda::launch_projected_matmul(first, p, stream_pointer(stream)));
+  } else {
+    check_cuda(kOp, qlk::cuda::launch_fused_matmul(p, stream_pointer(stream)));
+  }
 }
 
 void down_projection(const Tensor& x, const Tensor& adapter, const Tensor& result, int64_t stream) {
   constexpr const char* kOp = "down_projection";
-  qlk::cuda::DownProjectionParams p;
-  p.dtype = float_dtype(kOp, "x", x);
-  p.adapter_dtype = float_dtype(kOp, "adapter", adapter);
-  STD_TORCH_CHECK(x.dim() == 2, kOp, ": x must be 2-D");
-  p.cols = x.size(1);
-  p.tokens = check_matrix(kOp, "x", x, p.cols);
-  p.rank = check_matrix(kOp, "adapter", adapter, p.cols);
-  p.x = x.const_data_ptr();
-  p.adapter = adapter.const_data_ptr();
-  p.result = write_cuda<void>(kOp, "result", result, x.scalar_type(), p.tokens * p.rank);
+  const auto p = projection_params(kOp, x, adapter, result);
   const DeviceGuard guard(x.get_device_index());
   check_cuda(kOp, qlk::cuda::launch_down_projection(p, stream_pointer(stream)));
 }
@@ -107,7 +128,8 @@ int64_t fused_matmul_tiles(int64_t tokens, int64_t out_features) {
 STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_cuda, m) {
   m.def("fused_matmul(Tensor x, " QLK_WEIGHT_SCHEMA
         ", Tensor? bias, Tensor? xa, Tensor? lora_b, float scaling, Tensor(a!) y, int splits, "
-        "Tensor(b!)? partials, Tensor(c!)? tickets, int stream) -> ()");
+        "Tensor(b!)? partials, Tensor(c!)? tickets, Tensor? projected, Tensor? adapter, "
+        "Tensor(d!)? projection, int stream) -> ()");
   m.def("down_projection(Tensor x, Tensor adapter, Tensor(a!) result, int stream) -> ()");
   m.def("dropout(Tensor x, float dropout_p, Tensor seed, Tensor(a!) out, int stream) -> ()");
   m.def("fused_matmul_partials(int tokens, int out_features, int splits) -> int");

@@ -2,6 +2,7 @@
 // eight tokens, so that the adapter's row is read once for all of them.
 #include "qlk/cuda/element.cuh"
 #include "qlk/cuda/launch.h"
+#include "qlk/cuda/ptx_sm90.cuh"
 
 namespace qlk {
 namespace {
@@ -40,6 +41,7 @@ template <DType kDType>
 __global__ __launch_bounds__(kThreads, 2) void down_projection_kernel(
     const __grid_constant__ DownProjectionParams p, bool vector) {
   SHARED_ARRAY(float, partial, [kWarps][kTokens]);
+  ptx::launch_dependents();
   const int64_t rank = blockIdx.y, token0 = int64_t{blockIdx.x} * kTokens;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const auto* x = static_cast<const uint16_t*>(p.x);
@@ -93,6 +95,19 @@ int cuda::launch_down_projection(const DownProjectionParams& p, void* stream) {
   if (p.dtype == DType::kFloat16)
     return launch(down_projection_kernel<DType::kFloat16>, grid, block, 0, on, p, vector);
   return cudaErrorInvalidValue;
+}
+
+int cuda::launch_projected_matmul(const DownProjectionParams& projection,
+                                  const FusedMatmulParams& matmul, void* stream) {
+  const int status = launch_down_projection(projection, stream);
+  if (status != cudaSuccess) return status;
+  FusedMatmulParams p = matmul;
+  // Not without the projection's kernel: whatever comes before it in the stream may write x. That
+  // kernel is launched as usual, so when it starts all of that has been written, and a launch that
+  // overlaps it may read it. What comes behind starts when the product has ended, and that only
+  // ends after it has waited: xa and scratch can be used again.
+  p.overlaps = projection.tokens > 0 && projection.rank > 0;
+  return launch_fused_matmul(p, stream);
 }
 
 }  // namespace qlk

@@ -9,14 +9,16 @@
 
 namespace qlk {
 
-// Two neighbouring elements of a row of `rank`, rounded to the operands' dtype; zeros outside.
+// Two neighbouring elements of a row of `rank`, rows `stride` apart, rounded to the operands'
+// dtype; zeros outside.
 template <DType kDType>
 __device__ __forceinline__ uint32_t load_pair(const void* source, DType dtype, int64_t row,
-                                              int64_t rows, int64_t column, int64_t rank) {
+                                              int64_t rows, int64_t stride, int64_t column,
+                                              int64_t rank) {
   const bool inside = row < rows;
-  const float low = inside && column < rank ? load_any(source, dtype, row * rank + column) : 0.0f;
+  const float low = inside && column < rank ? load_any(source, dtype, row * stride + column) : 0.0f;
   const float high =
-      inside && column + 1 < rank ? load_any(source, dtype, row * rank + column + 1) : 0.0f;
+      inside && column + 1 < rank ? load_any(source, dtype, row * stride + column + 1) : 0.0f;
   return Element<kDType>::pack(low, high);
 }
 
@@ -36,11 +38,11 @@ __device__ __forceinline__ void add_adapter(const cuda::FusedMatmulParams& p, in
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         left[i] = load_pair<kDType>(p.lora_b, p.lora_b_dtype, warp_row + g + 8 * (i % 2),
-                                    p.weight.rows, r + 8 * (i / 2), p.rank);
+                                    p.weight.rows, p.rank, r + 8 * (i / 2), p.rank);
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        right[i] =
-            load_pair<kDType>(p.xa, kDType, token0 + tile * 8 + g, p.tokens, r + 8 * i, p.rank);
+        right[i] = load_pair<kDType>(p.xa, kDType, token0 + tile * 8 + g, p.tokens, p.xa_stride,
+                                     r + 8 * i, p.rank);
       ptx::multiply_add<kDType == DType::kBFloat16>(part, left, right);
     }
 #pragma unroll

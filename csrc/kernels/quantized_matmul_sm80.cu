@@ -10,6 +10,7 @@
 // codebook's values; a chunk has one scale, which multiplies its fp32 sums.
 #include "qlk/cuda/element.cuh"
 #include "qlk/cuda/launch.h"
+#include "qlk/cuda/ptx_sm90.cuh"
 #include "qlk/cuda/scales.cuh"
 #include "quantized_matmul_epilogue.cuh"
 
@@ -61,8 +62,8 @@ struct StoredScale {
   uint32_t code = 0;
 };
 
-// What a thread copies of the next tile, and the scale that its lane reads. All of it moves on by a
-// tile with each, so that the main loop only adds.
+// What a thread copies of a tile, and the scale that its lane reads. It stands at a tile and
+// reaches the next ones by constants: a round of the main loop moves it on once.
 template <int kTokenTiles, bool kNested>
 struct Sources {
   static constexpr int kParts = kCodeRowBytes / 16, kRows = kTileN * kParts / kThreads;
@@ -95,6 +96,8 @@ struct Sources {
     const int x_part = thread % kXParts, token = thread / kXParts;
     x_target = token * kXRowBytes + x_part * 16;
     x_left = end - k0 - x_part * 8;
+    // A thread with one token has no need of x_bytes.
+    if (kTokens == 1 && token0 + token >= launch.tokens) x_left = 0;
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       const int global_token = token0 + token + i * kTokenStep;
@@ -110,33 +113,33 @@ struct Sources {
                   k0 / kChunk + chunk;
   }
 
-  // Copies the next tile to a stage of codes and one of x: zeros where there is nothing. Of a copy
-  // that reads no byte the address does not matter.
-  __device__ __forceinline__ void copy(unsigned char* code_stage, unsigned char* x_stage) {
+  // Copies the tile `step` tiles on to a stage of codes and one of x: zeros where there is nothing.
+  // Of a copy that reads no byte the address does not matter.
+  __device__ __forceinline__ void copy(int step, unsigned char* code_stage,
+                                       unsigned char* x_stage) const {
     static_assert(kCodeRowBytes * (kThreads / kParts) == kCodeStageBytes / 2 / kRows);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      ptx::copy_async<16>(code_stage + code_target + i * (kCodeStageBytes / kRows), codes[i],
-                          code_left > 0 ? code_bytes[i] : 0);
-      codes[i] += kCodeRowBytes;
+      ptx::copy_async<16>(code_stage + code_target + i * (kCodeStageBytes / kRows),
+                          codes[i] + step * kCodeRowBytes,
+                          code_left > step * kTileK ? code_bytes[i] : 0);
     }
-    code_left -= kTileK;
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       if (kTokenTiles * 8 % kTokenStep == 0 ||
           static_cast<int>(threadIdx.x) < kTokenTiles * 8 * kXParts)
-        ptx::copy_async<16>(x_stage + x_target + i * kTokenStep * kXRowBytes, x[i],
-                            x_left > 0 ? x_bytes[i] : 0);
-      x[i] += kTileK;
+        ptx::copy_async<16>(x_stage + x_target + i * kTokenStep * kXRowBytes, x[i] + step * kTileK,
+                            x_left <= step * kTileK ? 0
+                            : kTokens == 1          ? 16
+                                                    : x_bytes[i]);
     }
-    x_left -= kTileK;
   }
 
-  // The lane's scale of the next tile.
-  __device__ __forceinline__ StoredScale load_scale(const Launch& launch) {
+  // The lane's scale of the tile `step` tiles on.
+  __device__ __forceinline__ StoredScale load_scale(const Launch& launch, int step) const {
     StoredScale scale;
-    if (scale_left > 0) {
-      const uint32_t block = scale_chunk >> launch.chunk_shift;
+    if (scale_left > step * kTileK) {
+      const uint32_t block = (scale_chunk + step * (kTileK / kChunk)) >> launch.chunk_shift;
       if constexpr (kNested) {
         scale.code = launch.scales.view.scale_codes[block];
         scale.absmax = launch.scales.view.scale_absmax[block >> launch.scales.group_shift];
@@ -144,9 +147,18 @@ struct Sources {
         scale.absmax = launch.scales.view.absmax[block];
       }
     }
-    scale_left -= kTileK;
-    scale_chunk += kTileK / kChunk;
     return scale;
+  }
+
+  __device__ __forceinline__ void advance(int tiles) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) codes[i] += tiles * kCodeRowBytes;
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) x[i] += tiles * kTileK;
+    code_left -= tiles * kTileK;
+    x_left -= tiles * kTileK;
+    scale_left -= tiles * kTileK;
+    scale_chunk += tiles * (kTileK / kChunk);
   }
 };
 
@@ -196,8 +208,9 @@ __device__ __forceinline__ void multiply_tile(const unsigned char* code_stage,
         ptx::multiply_add<kBFloat16>(part[tile], left[1], second);
       }
     }
-    const float scale_g = __shfl_sync(kAllLanes, scale, (lane & ~3) | (2 * chunk));
-    const float scale_g8 = __shfl_sync(kAllLanes, scale, (lane & ~3) | (2 * chunk + 1));
+    // From within the quad: lanes by constants.
+    const float scale_g = __shfl_sync(kAllLanes, scale, 2 * chunk, 4);
+    const float scale_g8 = __shfl_sync(kAllLanes, scale, 2 * chunk + 1, 4);
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile)
 #pragma unroll
@@ -231,8 +244,8 @@ __global__ __launch_bounds__(kThreads, 2) void quantized_matmul_sm80_kernel(
   StoredScale scales[kStages];
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
-    sources.copy(shared + s * kCodeStageBytes, x_stages + s * kXBytes);
-    scales[s] = sources.load_scale(launch);
+    sources.copy(s, shared + s * kCodeStageBytes, x_stages + s * kXBytes);
+    scales[s] = sources.load_scale(launch, s);
     ptx::commit_copies();
   }
 
@@ -258,8 +271,8 @@ __global__ __launch_bounds__(kThreads, 2) void quantized_matmul_sm80_kernel(
         // The tile is there for all, and all are done with the one that is overwritten next.
         __syncthreads();
         const int next = (s + kStages - 1) % kStages;
-        sources.copy(shared + next * kCodeStageBytes, x_stages + next * kXBytes);
-        scales[next] = sources.load_scale(launch);
+        sources.copy(s + kStages - 1, shared + next * kCodeStageBytes, x_stages + next * kXBytes);
+        scales[next] = sources.load_scale(launch, s + kStages - 1);
         ptx::commit_copies();
         float scale = scales[s].absmax;
         if constexpr (kNested)
@@ -268,9 +281,14 @@ __global__ __launch_bounds__(kThreads, 2) void quantized_matmul_sm80_kernel(
                                               shared, scale, sums);
       }
     }
+    sources.advance(kStages);
   }
   ptx::wait_copies<0>();
 
+  // Up to here nothing was read that the down-projection writes, and nothing written at all: this
+  // kernel may have started before that one ended (launch_projected_matmul), and its partial sums
+  // and tickets may be those of a product further back in the stream.
+  ptx::wait_for_primary();
   if (p.splits > 1) {
     const auto tile_index = static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x);
     if (!reduce_splits<kThreads, kTokenTiles>(p, tile_index, sums)) return;
@@ -287,11 +305,11 @@ cudaError_t launch_for(const Launch& call, cudaStream_t stream) {
                   static_cast<unsigned>(p.splits)};
   const dim3 block{kThreads, 1, 1};
   constexpr int kShared = Stages<kTokenTiles>::kShared;
-  if (p.weight.scales.nested())
-    return launch(quantized_matmul_sm80_kernel<kDType, kTokenTiles, true>, grid, block, kShared,
-                  stream, call);
-  return launch(quantized_matmul_sm80_kernel<kDType, kTokenTiles, false>, grid, block, kShared,
-                stream, call);
+  const auto kernel = p.weight.scales.nested()
+                          ? quantized_matmul_sm80_kernel<kDType, kTokenTiles, true>
+                          : quantized_matmul_sm80_kernel<kDType, kTokenTiles, false>;
+  if (p.overlaps) return launch_overlapping(kernel, grid, block, kShared, stream, call);
+  return launch(kernel, grid, block, kShared, stream, call);
 }
 
 template <DType kDType>

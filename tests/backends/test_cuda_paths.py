@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qlora_kernels.backends.cuda import dequantize as dequantize_entry
-from qlora_kernels.backends.cuda import low_rank
+from qlora_kernels.backends.cuda import low_rank, wgmma
 from qlora_kernels.backends.cuda import qlora_linear as qlora_entry
 from qlora_kernels.backends.cuda import quantized_matmul as matmul_entry
 from qlora_kernels.backends.cuda.gradient_path import (
@@ -22,16 +22,27 @@ from qlora_kernels.backends.cuda.gradient_path import (
 )
 from qlora_kernels.backends.cuda.matmul_path import (
     FUSED_TOKENS,
+    WGMMA_TOKENS,
     MatmulSizes,
     choose_path,
     choose_splits,
     matmul_rejects,
+    why_not_wgmma,
+)
+from qlora_kernels.backends.cuda.wgmma import (
+    TILES,
+    WgmmaTile,
+    choose_wgmma_tile,
+    estimated_clocks,
+    scratch_sizes,
+    work_steps,
 )
 from qlora_kernels.backends.device import A100, H200
 from qlora_kernels.backends.registry import OPS, Problem, entries
 from qlora_kernels.formats.quantized_weight import WeightOperands
-from qlora_kernels.reference import dequantize_reference, dropout_reference
+from qlora_kernels.reference import dequantize_reference
 from qlora_kernels.testing.errors import assert_bitwise_equal
+from tests.backends.cuda_on_cpu import install
 from tests.problems import DTYPES, random_qlora, random_weight
 from tests.tolerances import (
     assert_matmul,
@@ -88,6 +99,69 @@ def test_path_follows_from_sizes() -> None:
         assert choose_path(sizes._replace(**declined)) == "dense"
 
 
+def test_hopper_takes_its_own_kernel_for_tens_to_hundreds_of_tokens() -> None:
+    sizes = MatmulSizes(17, 512, 512, torch.bfloat16, 64, capability=H200.capability)
+    for tokens, path in ((16, "fused"), (17, "wgmma"), (WGMMA_TOKENS, "wgmma"), (513, "dense")):
+        assert choose_path(sizes._replace(tokens=tokens)) == path
+    assert choose_path(sizes._replace(batch_invariant=True)) == "fused"
+    assert choose_path(sizes._replace(block_size=32)) == "dense"
+    for capability in (80, 89, 100, 120):
+        assert choose_path(sizes._replace(capability=capability)) == "fused"
+    assert "sm_90, got sm_80" in (why_not_wgmma(sizes._replace(capability=80)) or "")
+    assert "17 ... 512, got 513" in (why_not_wgmma(sizes._replace(tokens=513)) or "")
+    assert "batch_invariant" in (why_not_wgmma(sizes._replace(batch_invariant=True)) or "")
+
+
+def test_hopper_tiles_cover_the_gpu_and_lose_little() -> None:
+    for tokens in (17, 33, 64, 100, 129, 256, 512):
+        for rows, cols in ((4096, 4096), (14_336, 4096), (28_672, 8192), (130, 64), (1, 2048)):
+            tile = choose_wgmma_tile(tokens, rows, cols, H200.sm_count)
+            steps = work_steps(tokens, rows, cols, tile[:2])
+            assert tile[:2] in TILES
+            assert 1 <= tile.blocks <= min(steps, H200.sm_count)
+            clocks = estimated_clocks(tokens, rows, cols, tile[:2], tile.blocks)
+            whole = estimated_clocks(tokens, rows, cols, (128, 32), 1)
+            assert clocks <= whole
+    assert choose_wgmma_tile(512, 28_672, 8192, H200.sm_count) == (256, 128, 132)
+    assert choose_wgmma_tile(32, 4096, 4096, H200.sm_count) == (128, 32, 132)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("tokens", [20, 70])
+def test_hopper_matmul_gets_its_operands_and_scratch(
+    monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    p = random_qlora(tokens, random_weight((96, 192), 64), 5, torch.bfloat16, torch.float32)
+    tile = WgmmaTile(256, 32, 2)
+
+    def launch(x: torch.Tensor, *rest: object) -> None:
+        *weight, bias, xa, lora_b, scaling, y = rest[:16]
+        rows, columns, blocks, arranged, partials, counters, stream = rest[16:]
+        assert (rows, columns, blocks, stream) == (*tile, 7)
+        assert weight[7:] == [96, 192, 64, p.weight.scale_block_size]
+        needed = scratch_sizes(tokens, 96, 192, 5, tile)
+        assert (arranged.numel(), partials.numel()) == needed[:2]
+        assert counters.numel() >= needed.tickets and not counters.any()
+        exact = x.float() @ dequantize_reference(p.weight, (96, 192), torch.float32).t()
+        y.copy_(exact + scaling * (xa.float() @ lora_b.to(x.dtype).float().t()))
+        assert bias is None
+
+    def project(x: torch.Tensor, adapter: torch.Tensor, result: torch.Tensor, _: int) -> None:
+        result.copy_(x.float() @ adapter.to(x.dtype).float().t())
+
+    named = {"wgmma_matmul": launch, "down_projection": project}
+    ops = {name: types.SimpleNamespace(default=function) for name, function in named.items()}
+    monkeypatch.setattr(torch.ops, "qlora_kernels_cuda", types.SimpleNamespace(**ops))
+    for module in (wgmma, low_rank):
+        monkeypatch.setattr(module, "current_stream", lambda tensor: 7)
+    monkeypatch.setattr(matmul_entry, "choose_wgmma_tile", lambda *sizes: tile)
+    first = low_rank.plan_projection(p.x, p.lora_a)
+    y = matmul_entry.fused_matmul(
+        p.x, p.weight, None, first.result, p.lora_b, p.scaling, first, "wgmma"
+    )
+    assert_qlora(y, first.result, p)
+
+
 def test_splits_fill_the_gpu_and_keep_their_blocks_long() -> None:
     for facts in (A100, H200):
         for rows, cols in ((4096, 4096), (14_336, 4096), (8192, 28_672), (128, 64), (1, 8192)):
@@ -96,47 +170,6 @@ def test_splits_fill_the_gpu_and_keep_their_blocks_long() -> None:
             assert splits == 1 or cols // splits >= 512
             assert -(-rows // 128) * splits <= max(2 * facts.sm_count, -(-rows // 128))
     assert choose_splits(4096, 4096, H200.sm_count) == 8
-
-
-def adapter_gradients(
-    grad_y: torch.Tensor,
-    xa: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: float,
-    token_slices: int,
-    extended: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What csrc/kernels/low_rank_gradients_sm80.cu computes."""
-    assert token_slices >= 1
-    u = (scaling * (grad_y.float() @ lora_b.to(grad_y.dtype).float())).to(grad_y.dtype)
-    grad_b = (scaling * (grad_y.float().t() @ xa.float())).to(lora_b.dtype)
-    if extended is not None:
-        qlora_entry.write_extended(grad_y, u, extended)
-    return u, grad_b
-
-
-def token_product(
-    data: torch.Tensor,
-    left: torch.Tensor,
-    scaling: float,
-    token_slices: int,
-    dtype: torch.dtype,
-    rank_major: bool,
-) -> torch.Tensor:
-    """What csrc/kernels/low_rank_gradients_sm80.cu computes."""
-    assert token_slices >= 1
-    product = (scaling * (data.float().t() @ left.float())).to(dtype)
-    return product.t().contiguous() if rank_major else product
-
-
-def column_product(
-    x: torch.Tensor, adapter: torch.Tensor, token_slices: int, extended: torch.Tensor
-) -> torch.Tensor:
-    """What csrc/kernels/low_rank_gradients_sm80.cu computes."""
-    assert token_slices >= 1
-    xa = (x.float() @ adapter.to(x.dtype).float().t()).to(x.dtype)
-    qlora_entry.write_extended(x, xa, extended)
-    return xa
 
 
 def test_scales_in_odd_groups_are_decoded_for_the_fused_kernel() -> None:
@@ -154,13 +187,7 @@ def test_scales_in_odd_groups_are_decoded_for_the_fused_kernel() -> None:
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The entries with plain torch in place of the kernels that they launch."""
-    for module in (matmul_entry, qlora_entry):
-        monkeypatch.setattr(module, "dequantize_cuda", dequantize_reference)
-    monkeypatch.setattr(qlora_entry, "dropout_cuda", dropout_reference)
-    monkeypatch.setattr(low_rank, "run_adapter_gradients", adapter_gradients)
-    monkeypatch.setattr(low_rank, "run_token_product", token_product)
-    monkeypatch.setattr(low_rank, "run_column_product", column_product)
+    install(monkeypatch)
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -217,14 +244,20 @@ def test_gradients_take_the_way_that_moves_fewer_bytes() -> None:
         assert gradient_costs(one_pass, facts.sm_count).kernel < 1.3
         # One product reads its data once either way, and a GEMM leaves no partial sums.
         assert choose_gradient_path(alone, facts.sm_count) == "gemm"
+        # Up to 64 ranks take one pass, and then more partial sums than the data is worth.
+        assert choose_gradient_path(one_pass._replace(rank=64), facts.sm_count) == "kernel"
+        few = one_pass._replace(rank=64, tokens=2048)
+        assert choose_gradient_path(few, facts.sm_count) == "gemm"
         assert choose_gradient_path(one_pass._replace(rank=128), facts.sm_count) == "gemm"
         # A GEMM would round fp32 gradients to bf16.
         for sizes in (one_pass, alone, one_pass._replace(rank=256)):
             fp32 = sizes._replace(adapter_dtype=torch.float32)
             assert choose_gradient_path(fp32, facts.sm_count) == "kernel"
-        assert projects_while_copying(one_pass)
-        assert not projects_while_copying(one_pass._replace(rank=128))
-        assert not projects_while_copying(one_pass._replace(dtype=torch.float32))
+        project = one_pass._replace(with_gradient=False)
+        for rank in (1, 16, 48, 64):
+            assert projects_while_copying(project._replace(rank=rank))
+        assert not projects_while_copying(project._replace(rank=128))
+        assert not projects_while_copying(project._replace(dtype=torch.float32))
     for declined in ({"dtype": torch.float32}, {"tokens": 0}, {"tokens": 2**28}):
         sizes = one_pass._replace(adapter_dtype=torch.float32, **declined)
         assert choose_gradient_path(sizes, 132) == "gemm"

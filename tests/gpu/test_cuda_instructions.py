@@ -8,7 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests import cuda_codec_checks, cuda_instructions, cuda_matmuls
+from tests import (
+    cuda_codec_checks,
+    cuda_instructions,
+    cuda_instructions_sm90,
+    cuda_matmuls,
+    cuda_wgmma,
+)
 from tests.emulation.cuda.runner import NVCC, Runner, build_for_gpu
 
 pytestmark = [
@@ -26,6 +32,17 @@ def runner() -> Iterator[Runner]:
     started = Runner(build_for_gpu(f"{major}{minor}{'a' if major in (9, 10) else ''}"))
     yield started
     started.close()
+
+
+SM90_CHECKS = {**cuda_instructions_sm90.CHECKS, **cuda_wgmma.CHECKS}
+
+
+@pytest.mark.parametrize("name", SM90_CHECKS)
+def test_on_sm90(name: str, runner: Runner) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("instructions of sm_90a alone")
+    for seed in range(3):
+        SM90_CHECKS[name](runner, seed)
 
 
 @pytest.mark.parametrize("name", CHECKS)

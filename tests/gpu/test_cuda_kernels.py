@@ -12,7 +12,7 @@ from qlora_kernels import reference
 from qlora_kernels.autograd import qlora_linear, quantized_linear
 from qlora_kernels.backends import entries
 from qlora_kernels.backends.cuda.dequantize import dequantize_cuda
-from qlora_kernels.backends.cuda.low_rank import down_projection
+from qlora_kernels.backends.cuda.low_rank import plan_projection, run_projection
 from qlora_kernels.formats.quantized_weight import WeightOperands
 from qlora_kernels.reference import dequantize_reference
 from qlora_kernels.testing.errors import assert_bitwise_equal
@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
-TOKENS = (0, 1, 2, 7, 8, 9, 16, 17, 32, 33, 128, 129, 200)
+TOKENS = (0, 1, 2, 7, 8, 9, 16, 17, 32, 33, 100, 128, 129, 200, 512, 513)
 
 
 def entry(op: str):
@@ -173,7 +173,7 @@ def test_qlora_linear(tokens: int, dtype: torch.dtype, dropout_p: float) -> None
 def test_down_projection_of_more_tokens_than_a_grid_has_in_its_second_dimension() -> None:
     x = torch.ones(8 * 65_536 + 3, 1, dtype=torch.bfloat16, device="cuda")
     x[-1] = 3.0
-    got = down_projection(x, torch.full((1, 1), 0.5, device="cuda"))
+    got = run_projection(plan_projection(x, torch.full((1, 1), 0.5, device="cuda")))
     assert float(got[-1]) == 1.5
     assert bool((got[:-1] == 0.5).all())
 
@@ -193,6 +193,26 @@ def test_results_repeat_bit_for_bit() -> None:
         assert_bitwise_equal(first[0], second[0])
         for mine, theirs in zip(first[2], second[2], strict=True):
             assert_bitwise_equal(mine, theirs)
+
+
+def test_hopper_matmul_beyond_2_31_elements() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("Hopper's kernel")
+    rows, cols = 66_000, 32_768
+    if torch.cuda.mem_get_info()[0] < 3 * rows * cols:
+        pytest.skip("needs 7 GB of free GPU memory")
+    weight = random_weight((64, cols), 64, seed=2)
+    assert weight.absmax is not None
+    repeats = rows // 64 + 1
+    large = weight._replace(
+        codes=weight.codes.repeat(repeats)[: rows * cols // 2],
+        absmax=weight.absmax.repeat(repeats)[: rows * cols // 64],
+        shape=(rows, cols),
+    )
+    x = torch.randn(40, cols, generator=torch.Generator().manual_seed(3)).bfloat16()
+    y = entry("quantized_matmul")(x.cuda(), on_gpu(large)).cpu()
+    assert_matmul(y[:, :64].contiguous(), x, weight)
+    assert_matmul(y[:, rows // 64 * 64 - 64 : rows // 64 * 64].contiguous(), x, weight)
 
 
 def test_batch_invariant_rows_do_not_depend_on_the_batch() -> None:

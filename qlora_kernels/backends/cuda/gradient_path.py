@@ -13,10 +13,6 @@ import torch
 Path = Literal["kernel", "gemm"]
 
 HALVES = (torch.float16, torch.bfloat16)
-# qlk/cuda/launch.h: columns and tokens of a block's tile.
-TILE_COLUMNS, TILE_TOKENS = 512, 16
-# Ranks that a block takes in one pass over the data (low_rank_gradients_sm80.cu).
-_FEW_RANKS, _MANY_RANKS = 16, 32
 # A longer sum in fp32 would begin to lose what a sum of partial sums keeps.
 _MOST_SLICE_TOKENS = 2048
 # A slice fills its pipeline in two tiles; with fewer than four most of it would be waiting.
@@ -25,10 +21,13 @@ _LEAST_SLICE_TOKENS = 64
 # chunks of ranks after the first find the data there.
 _L2_PASS = 0.78
 _LARGEST = 2**31 - 1
+# Ranks that a block takes in one pass over the data (qlk/cuda/launch.h).
+MOST_RANKS = 64
 
 
 class GradientSizes(NamedTuple):
-    """dataᵀ left of data [M,C], left [M,R]; with_u: and data · lora_b [C,R] in the same pass."""
+    """dataᵀ left of data [M,C], left [M,R]; with_u: and data · lora_b [C,R] in the same pass, or
+    that alone."""
 
     tokens: int
     cols: int
@@ -36,6 +35,7 @@ class GradientSizes(NamedTuple):
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     with_u: bool
+    with_gradient: bool = True
 
 
 class GradientCosts(NamedTuple):
@@ -46,15 +46,21 @@ class GradientCosts(NamedTuple):
 
 
 def rank_chunks(rank: int) -> int:
-    """Blocks that share the data, each with its ranks."""
-    return 1 if rank <= _FEW_RANKS else -(-rank // _MANY_RANKS)
+    """Blocks that share the data, each with up to 64 ranks."""
+    return -(-rank // MOST_RANKS)
+
+
+def column_tiles(sizes: GradientSizes) -> int:
+    """Tiles of columns; of many ranks a block takes fewer (qlk/cuda/launch.h)."""
+    both = sizes.with_u and sizes.with_gradient
+    return -(-sizes.cols // (256 if both and sizes.rank > 32 else 512))
 
 
 def choose_token_slices(sizes: GradientSizes, sm_count: int) -> int:
     """Slices of the tokens: a block for every multiprocessor (two would double the partial sums,
     and one has two tiles of 16 KB on their way), each long enough to fill its pipeline, none so
     long that its sum loses accuracy."""
-    blocks = -(-sizes.cols // TILE_COLUMNS) * rank_chunks(sizes.rank)
+    blocks = column_tiles(sizes) * rank_chunks(sizes.rank)
     filling = max(1, min(sm_count // max(blocks, 1), sizes.tokens // _LEAST_SLICE_TOKENS))
     return max(filling, -(-sizes.tokens // _MOST_SLICE_TOKENS))
 
@@ -62,12 +68,13 @@ def choose_token_slices(sizes: GradientSizes, sm_count: int) -> int:
 def gradient_costs(sizes: GradientSizes, sm_count: int) -> GradientCosts:
     """What both ways cost. fp32 partial sums are written to L2 once and read once; the GEMMs read
     the data for each of their products and are assumed to be limited by that."""
-    slices = choose_token_slices(sizes, sm_count)
     # Partial sums against data: 8 R C bytes of every slice, 8 R M of every tile of columns, to
     # 2 M C bytes.
-    partials = 4 * sizes.rank * slices / sizes.tokens
+    partials = 0.0
+    if sizes.with_gradient:
+        partials += 4 * sizes.rank * choose_token_slices(sizes, sm_count) / sizes.tokens
     if sizes.with_u:
-        partials += 4 * sizes.rank * -(-sizes.cols // TILE_COLUMNS) / sizes.cols
+        partials += 4 * sizes.rank * column_tiles(sizes) / sizes.cols
     kernel = max(1.0, _L2_PASS * rank_chunks(sizes.rank)) + _L2_PASS * partials
     return GradientCosts(kernel, 2.0 if sizes.with_u else 1.0)
 
@@ -98,11 +105,9 @@ def choose_gradient_path(sizes: GradientSizes, sm_count: int) -> Path:
 def projects_while_copying(sizes: GradientSizes) -> bool:
     """Whether the forward's xa = x · lora_aᵀ and the copy of x beside it cost less in one pass of
     the kernel than by a GEMM and a copy, which read x twice."""
-    if why_no_kernel(sizes):
-        return False
-    # Partial sums of xa alone.
-    partials = 4 * sizes.rank * -(-sizes.cols // TILE_COLUMNS) / sizes.cols
-    return max(1.0, _L2_PASS * rank_chunks(sizes.rank)) + _L2_PASS * partials < 2.0
+    assert not sizes.with_gradient
+    # Slices of the tokens leave no partial sums of xa: their number does not matter.
+    return not why_no_kernel(sizes) and gradient_costs(sizes, 1).kernel < 2.0
 
 
 def describe(sizes: GradientSizes, sm_count: int) -> str:

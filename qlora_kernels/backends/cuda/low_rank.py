@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from qlora_kernels.backends.cuda.common import at_vector, contiguous, current_stream
@@ -14,33 +16,66 @@ from qlora_kernels.backends.cuda.gradient_path import (
 from qlora_kernels.backends.device import device_facts
 
 
-def down_projection(x: torch.Tensor, adapter: torch.Tensor) -> torch.Tensor:
-    """x [M,K] · adapterᵀ [R,K], rounded to x's dtype; a token's bits do not depend on M."""
+class Projection(NamedTuple):
+    """result [M,R] = x [M,K] · adapterᵀ [R,K], rounded to x's dtype, that is yet to be computed: by
+    the product that reads it, whose kernel then overlaps this one's. A token's bits do not depend
+    on M."""
+
+    x: torch.Tensor
+    adapter: torch.Tensor
+    result: torch.Tensor
+
+
+def plan_projection(x: torch.Tensor, adapter: torch.Tensor) -> Projection:
+    """The projection of x by an adapter, with memory for its result."""
     result = x.new_empty(len(x), len(adapter))
+    return Projection(at_vector(x), contiguous(adapter.detach()), result)
+
+
+def run_projection(projection: Projection) -> torch.Tensor:
+    """The result, computed on its own."""
     torch.ops.qlora_kernels_cuda.down_projection.default(
-        at_vector(x), contiguous(adapter.detach()), result, current_stream(x)
+        *projection, current_stream(projection.result)
     )
-    return result
+    return projection.result
 
 
-def project_into(
-    x: torch.Tensor, lora_a: torch.Tensor, extended: torch.Tensor
-) -> torch.Tensor | None:
+def projects_into(x: torch.Tensor, rank: int) -> bool:
+    """Whether `project_into` costs less than a GEMM and a copy of x [M,K]."""
+    sizes = GradientSizes(len(x), x.shape[1], rank, x.dtype, x.dtype, True, False)
+    # The kernel writes 16 bytes at a time.
+    return x.shape[1] % 8 == 0 and projects_while_copying(sizes)
+
+
+def project_into(x: torch.Tensor, lora_a: torch.Tensor, extended: torch.Tensor) -> torch.Tensor:
     """xa [M,R] = x lora_aᵀ, rounded once to x's dtype, while `extended` [M, K + T] becomes
-    [x | xa | 0]; None, with nothing done, where a GEMM and copies cost less.
+    [x | xa | 0]; where `projects_into` says so.
 
     Args:
         x: [M,K].
         lora_a: [R,K] of any dtype.
     """
-    (tokens, cols), rank = x.shape, len(lora_a)
-    sizes = GradientSizes(tokens, cols, rank, x.dtype, x.dtype, True)
-    sm_count = device_facts(x.device).sm_count
-    # The kernel writes 16 bytes at a time.
-    if cols % 8 or extended.shape[1] % 8 or not projects_while_copying(sizes):
-        return None
-    slices = choose_token_slices(sizes, sm_count)
+    sizes = GradientSizes(len(x), x.shape[1], len(lora_a), x.dtype, x.dtype, True, False)
+    slices = choose_token_slices(sizes, device_facts(x.device).sm_count)
     return run_column_product(at_vector(x), contiguous(lora_a.detach()), slices, extended)
+
+
+def up_products(
+    grad_y: torch.Tensor,
+    xa: torch.Tensor,
+    lora_b: torch.Tensor | None,
+    scaling: float,
+    need_u: bool,
+    need_b: bool,
+    extended: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
+    """`u_and_grad_b`, or the one of its products that is needed; None for the other."""
+    assert lora_b is not None
+    if need_u and need_b:
+        return u_and_grad_b(grad_y, xa, lora_b, scaling, extended)
+    if need_b:
+        return None, token_product(grad_y, xa, scaling, lora_b.dtype), False
+    return product_with_b(grad_y, lora_b, scaling), None, False
 
 
 def product_with_b(grad_y: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -63,10 +98,11 @@ def u_and_grad_b(
         grad_y: [M,N].
         xa: [M,R] of grad_y's dtype.
         lora_b: [N,R]; grad_b is of its dtype.
-        extended: [M, N + T] of grad_y's dtype with T >= R.
+        extended: [M, N + T] of grad_y's dtype, perhaps columns of a wider matrix; T >= R, or 0.
 
     Returns:
-        u, grad_b, and whether `extended` now is [grad_y | u | 0]; otherwise it is as it was.
+        u, grad_b, and whether `extended` now is [grad_y | u | 0], or grad_y where T is 0; otherwise
+        it is as it was.
     """
     (tokens, cols), rank = grad_y.shape, xa.shape[1]
     sizes = GradientSizes(tokens, cols, rank, grad_y.dtype, lora_b.dtype, True)
@@ -75,7 +111,9 @@ def u_and_grad_b(
         u = product_with_b(grad_y, lora_b, scaling)
         return u, token_product(grad_y, xa, scaling, lora_b.dtype), False
     # The kernel writes 16 bytes at a time.
-    if extended is not None and (cols % 8 or extended.shape[1] % 8):
+    if extended is not None and (
+        cols % 8 or extended.stride(0) % 8 or extended.data_ptr() % 16 or extended.shape[1] % 8
+    ):
         extended = None
     u, grad_b = run_adapter_gradients(
         at_vector(grad_y),
@@ -86,6 +124,14 @@ def u_and_grad_b(
         extended,
     )
     return u, grad_b, extended is not None
+
+
+def copies_grad_y(grad_y: torch.Tensor, rank: int, adapter_dtype: torch.dtype) -> bool:
+    """Whether `u_and_grad_b` writes `extended` in its own pass over grad_y."""
+    (tokens, cols) = grad_y.shape
+    sizes = GradientSizes(tokens, cols, rank, grad_y.dtype, adapter_dtype, True)
+    sm_count = device_facts(grad_y.device).sm_count
+    return cols % 8 == 0 and choose_gradient_path(sizes, sm_count) == "kernel"
 
 
 def token_product(

@@ -1,4 +1,4 @@
-"""How the CUDA matmuls go about a problem: the fused kernel, or Ŵ in scratch and cuBLAS.
+"""How the CUDA matmuls go about a problem: a fused kernel, or Ŵ in scratch and cuBLAS.
 
 Pure functions of sizes, dtype and device facts, tested without a GPU. The numbers follow from
 arithmetic on compiled code; none of them has been timed on a GPU yet.
@@ -13,7 +13,7 @@ import torch
 from qlora_kernels.backends.cuda.common import LEAST_BLOCK_SIZE
 from qlora_kernels.backends.registry import Problem
 
-Path = Literal["fused", "dense"]
+Path = Literal["fused", "wgmma", "dense"]
 
 # The fused kernel goes over the weight once for every 32 tokens (qlk/cuda/launch.h). In bytes of an
 # element with fp32 scales for 64: a pass reads 0.56, and later passes find most of that in L2;
@@ -23,6 +23,14 @@ Path = Literal["fused", "dense"]
 # products, and mma.sync reaches 0.6 of cuBLAS there. For that reason no tiles of more tokens are
 # built on mma.sync: at M = 512 they would have to reach 0.66 of cuBLAS to win.
 FUSED_TOKENS = 128
+# Hopper's own kernel decodes a weight once for up to 128 tokens, and its products are wgmma's. It
+# takes over above 16 tokens: up to there one pass of the kernel above reads the weight as fast, and
+# without a launch that arranges x. Decoding to scratch first costs 235 / M of the GEMM (2.56 bytes
+# of an element written and read once more), 46 % at 512 tokens: the kernel has to reach 0.66 of
+# cuBLAS there, and 0.8 at 1024. Its tiles of 256 rows and 128 tokens move as many bytes from L2 as
+# an H200 can while they multiply, and issue 60 % of the instructions that it can: 0.8 and more, if
+# nothing else is in the way. So it ends where that leaves a margin.
+WGMMA_TOKENS, _WGMMA_CAPABILITY = 512, 90
 FUSED_DTYPES = (torch.float16, torch.bfloat16)
 _TILE_N = 128
 # A block's part of K is at least this long: filling its pipeline and its table takes about as long.
@@ -42,6 +50,7 @@ class MatmulSizes(NamedTuple):
     dtype: torch.dtype
     block_size: int
     batch_invariant: bool = False
+    capability: int = 0  # of the GPU, times ten
 
 
 def why_not_fused(sizes: MatmulSizes) -> str | None:
@@ -62,10 +71,24 @@ def why_not_fused(sizes: MatmulSizes) -> str | None:
     return None
 
 
+def why_not_wgmma(sizes: MatmulSizes) -> str | None:
+    """Why Hopper's kernel does not take a problem that a fused kernel can, or None."""
+    if sizes.capability != _WGMMA_CAPABILITY:
+        return f"the GPU must be sm_90, got sm_{sizes.capability}"
+    if sizes.batch_invariant:
+        return "batch_invariant: its sums depend on the number of tokens"
+    if not 16 < sizes.tokens <= WGMMA_TOKENS:
+        return f"tokens must be in 17 ... {WGMMA_TOKENS}, got {sizes.tokens}"
+    return None
+
+
 def choose_path(sizes: MatmulSizes) -> Path:
-    """ "fused": weights decoded in the product. "dense": Ŵ decoded to scratch, then cuBLAS."""
+    """ "fused", "wgmma": weights decoded in the product, the second on Hopper alone. "dense": Ŵ
+    decoded to scratch, then cuBLAS."""
     if why_not_fused(sizes):
         return "dense"
+    if why_not_wgmma(sizes) is None:
+        return "wgmma"
     return "fused" if sizes.batch_invariant or sizes.tokens <= FUSED_TOKENS else "dense"
 
 

@@ -1,11 +1,12 @@
-"""quantized_matmul and its grad_x in CUDA: csrc/kernels/quantized_matmul_sm80.cu, or dequantize and
-cuBLAS."""
+"""quantized_matmul and its grad_x in CUDA: csrc/kernels/quantized_matmul_sm80.cu, its sibling for
+Hopper (wgmma.py), or dequantize and cuBLAS."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
+from qlora_kernels.backends import kept
 from qlora_kernels.backends.cuda.common import (
     at_vector,
     contiguous,
@@ -14,13 +15,16 @@ from qlora_kernels.backends.cuda.common import (
     weight_arguments,
 )
 from qlora_kernels.backends.cuda.dequantize import dequantize_cuda
+from qlora_kernels.backends.cuda.low_rank import Projection, run_projection
 from qlora_kernels.backends.cuda.matmul_path import (
     MatmulSizes,
+    Path,
     choose_path,
     choose_splits,
     matmul_rejects,
 )
 from qlora_kernels.backends.cuda.scratch import dense_scratch, tickets
+from qlora_kernels.backends.cuda.wgmma import choose_wgmma_tile, project_tokens, wgmma_matmul
 from qlora_kernels.backends.device import device_facts
 from qlora_kernels.formats.quantized_weight import WeightOperands
 from qlora_kernels.reference.dequantize import decode_scales_reference
@@ -34,10 +38,10 @@ def quantized_matmul_cuda(
     batch_invariant: bool = False,
 ) -> torch.Tensor:
     """x [M,K] times Ŵᵀ plus bias [N]; see `reference.quantized_matmul_reference`."""
-    if choose_path(sizes_of(x, operands, batch_invariant)) == "fused":
-        return fused_matmul(x, operands, bias)
-    rows, cols = operands.shape
-    weight = dequantize_cuda(operands, (rows, cols), x.dtype, dense_scratch(rows, cols, x))
+    path = choose_path(sizes_of(x, operands, batch_invariant))
+    if path != "dense":
+        return fused_matmul(x, operands, bias, path=path)
+    weight = _dense_weight(x, operands)
     return F.linear(x.detach(), weight, None if bias is None else bias.detach().to(x.dtype))
 
 
@@ -46,15 +50,29 @@ def quantized_matmul_backward_input_cuda(
     grad_y: torch.Tensor, operands: WeightOperands
 ) -> torch.Tensor:
     """grad_y [M,N] times Ŵ; see `reference.quantized_matmul_backward_input_reference`."""
+    weight = kept.given(operands.shape[0], grad_y)
+    return grad_y.detach() @ (_dense_weight(grad_y, operands) if weight is None else weight)
+
+
+def _dense_weight(like: torch.Tensor, operands: WeightOperands) -> torch.Tensor:
+    """Ŵ [N,K] of like's dtype, in scratch unless it is to be kept."""
     rows, cols = operands.shape
-    scratch = dense_scratch(rows, cols, grad_y)
-    return grad_y.detach() @ dequantize_cuda(operands, (rows, cols), grad_y.dtype, scratch)
+    if not kept.is_wanted():
+        return dequantize_cuda(
+            operands, operands.shape, like.dtype, dense_scratch(rows, cols, like)
+        )
+    weight = dequantize_cuda(operands, operands.shape, like.dtype, like.new_empty(rows, cols))
+    kept.leave(weight)
+    return weight
 
 
 def sizes_of(x: torch.Tensor, operands: WeightOperands, batch_invariant: bool) -> MatmulSizes:
     """The sizes of a product with x [M,K]."""
     rows, cols = operands.shape
-    return MatmulSizes(len(x), rows, cols, x.dtype, operands.block_size, batch_invariant)
+    capability = device_facts(x.device).capability if x.is_cuda else 0
+    return MatmulSizes(
+        len(x), rows, cols, x.dtype, operands.block_size, batch_invariant, capability
+    )
 
 
 def for_fused_matmul(operands: WeightOperands) -> WeightOperands:
@@ -80,13 +98,25 @@ def fused_matmul(
     xa: torch.Tensor | None = None,
     lora_b: torch.Tensor | None = None,
     scaling: float = 0.0,
+    projection: Projection | None = None,
+    path: Path = "fused",
 ) -> torch.Tensor:
-    """y [M,N] = x Ŵᵀ + scaling·xa lora_bᵀ + bias in one launch; xa [M,R] of x's dtype."""
+    """y [M,N] = x Ŵᵀ + scaling·xa lora_bᵀ + bias by a fused kernel; xa [M,R] of x's dtype. With a
+    projection, whose result xa is or is a part of, that is launched first."""
     tokens, (rows, cols) = len(x), operands.shape
     y = x.new_empty(tokens, rows)
     if tokens * rows == 0:
+        if projection is not None:
+            run_projection(projection)
         return y
-    splits = choose_splits(rows, cols, device_facts(x.device).sm_count)
+    sm_count = device_facts(x.device).sm_count
+    if path == "wgmma":
+        if projection is not None:
+            project_tokens(projection)
+        tile = choose_wgmma_tile(tokens, rows, cols, sm_count)
+        weight = for_fused_matmul(operands)
+        return wgmma_matmul(at_vector(x), weight, bias, xa, lora_b, scaling, y, tile)
+    splits = choose_splits(rows, cols, sm_count)
     ops = torch.ops.qlora_kernels_cuda
     partials = counters = None
     if splits > 1:
@@ -106,6 +136,7 @@ def fused_matmul(
         splits,
         partials,
         counters,
+        *(projection or (None, None, None)),
         current_stream(x),
     )
     return y

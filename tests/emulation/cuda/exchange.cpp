@@ -3,19 +3,11 @@
 
 namespace qlk::emulation {
 
-Record records[kMaxRecords];
-
 namespace {
-
-void copy_bytes(void* to, const void* from, size_t bytes) {
-  auto* out = static_cast<volatile unsigned char*>(to);
-  const auto* in = static_cast<const volatile unsigned char*>(from);
-  for (size_t i = 0; i < bytes; ++i) out[i] = in[i];
-}
 
 Record* open_record(const char* operation, unsigned mask, int warp, int bytes) {
   Record* unused = nullptr;
-  for (Record& record : records) {
+  for (Record& record : machine->records) {
     if (!record.open && record.readers == 0) {
       if (!unused) unused = &record;
       if (record.mask == 0) break;  // It and those behind it were never used.
@@ -45,9 +37,9 @@ Record* rendezvous(const char* operation, unsigned mask, const void* input, int 
   for (int i = 0; i < kWarpSize; ++i) {
     if (!(mask >> i & 1)) continue;
     const int number = warp * kWarpSize + i;
-    if (number >= n_threads || fibers[number]->state == State::kExited)
+    if (number >= machine->n_threads || machine->fibers[number]->state == State::kExited)
       fail("%s waits for lane %d, which %s", operation, i,
-           number >= n_threads ? "does not exist" : "has ended");
+           number >= machine->n_threads ? "does not exist" : "has ended");
   }
   Record* record = open_record(operation, mask, warp, bytes);
   copy_bytes(record->slots[lane], input, static_cast<size_t>(bytes));
@@ -57,7 +49,7 @@ Record* rendezvous(const char* operation, unsigned mask, const void* input, int 
     record->open = false;
     record->readers = __builtin_popcount(mask);
     for (int i = 0; i < kWarpSize; ++i)
-      if (mask >> i & 1 && i != lane) make_ready(fibers[warp * kWarpSize + i]);
+      if (mask >> i & 1 && i != lane) make_ready(machine->fibers[warp * kWarpSize + i]);
     // The last to arrive need not be the first to go on.
     make_ready(self);
   } else {
@@ -70,7 +62,7 @@ Record* rendezvous(const char* operation, unsigned mask, const void* input, int 
 }  // namespace
 
 void check_nobody_waits_for(const Fiber& fiber) {
-  for (const Record& record : records)
+  for (const Record& record : machine->records)
     if (record.open && record.warp == fiber.number / kWarpSize &&
         (record.mask >> (fiber.number % kWarpSize) & 1))
       fail("the thread ends while others wait for it in %s", record.operation);

@@ -115,6 +115,7 @@ void begin_fiber() {
 Fiber* new_fiber(int number, void (*entry)()) {
   auto* fiber = new Fiber;
   fiber->number = number;
+  for (HeldSums& held : fiber->sums) held.users = 0;
   // A guard page below: an overflow faults.
   void* memory = mmap(nullptr, kStackBytes + kPageBytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -6,7 +6,7 @@
 namespace qlk::testing {
 namespace {
 
-int run_fused_matmul(const Problem& p) {
+cuda::FusedMatmulParams fused_matmul_params(const Problem& p) {
   cuda::FusedMatmulParams q;
   q.weight.codes = p.pointer<uint8_t>("codes");
   q.weight.codebook = p.pointer<float>("codebook");
@@ -29,14 +29,19 @@ int run_fused_matmul(const Problem& p) {
   q.lora_b = p.pointer<void>("lora_b");
   q.lora_b_dtype = static_cast<DType>(p.integer("lora_b_dtype"));
   q.rank = p.integer("rank");
+  q.xa_stride = p.integer("xa_stride");
   q.scaling = static_cast<float>(p.real("scaling"));
   q.splits = static_cast<int>(p.integer("splits"));
   q.partials = p.pointer<float>("partials");
   q.tickets = p.pointer<uint32_t>("tickets");
-  return cuda::launch_fused_matmul(q, nullptr);
+  return q;
 }
 
-int run_down_projection(const Problem& p) {
+int run_fused_matmul(const Problem& p) {
+  return cuda::launch_fused_matmul(fused_matmul_params(p), nullptr);
+}
+
+cuda::DownProjectionParams down_projection_params(const Problem& p) {
   cuda::DownProjectionParams q;
   q.x = p.pointer<void>("x");
   q.dtype = static_cast<DType>(p.integer("dtype"));
@@ -46,7 +51,20 @@ int run_down_projection(const Problem& p) {
   q.cols = p.integer("cols");
   q.rank = p.integer("rank");
   q.result = p.pointer<void>("result");
-  return cuda::launch_down_projection(q, nullptr);
+  return q;
+}
+
+int run_down_projection(const Problem& p) {
+  return cuda::launch_down_projection(down_projection_params(p), nullptr);
+}
+
+// xa is the first columns of the projection's result.
+int run_projected_matmul(const Problem& p) {
+  cuda::DownProjectionParams projection = down_projection_params(p);
+  projection.rank = p.integer("xa_stride");
+  cuda::FusedMatmulParams matmul = fused_matmul_params(p);
+  matmul.xa = projection.result;
+  return cuda::launch_projected_matmul(projection, matmul, nullptr);
 }
 
 int run_dropout(const Problem& p) {
@@ -64,6 +82,7 @@ int run_dropout(const Problem& p) {
 
 const Registration dropout("dropout", run_dropout);
 const Registration fused_matmul("fused_matmul", run_fused_matmul);
+const Registration projected_matmul("projected_matmul", run_projected_matmul);
 const Registration down_projection("down_projection", run_down_projection);
 
 }  // namespace

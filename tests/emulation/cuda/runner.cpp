@@ -68,6 +68,7 @@ void to_host(void* host, const void* device, size_t bytes) {
 
 int synchronize(int status) {
 #if defined(QLK_EMULATE_CUDA)
+  emulation::synchronize();
   return status;
 #else
   return status ? status : static_cast<int>(cudaDeviceSynchronize());

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -35,7 +36,15 @@ MODES: dict[str, list[str]] = {
     "memory": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "races": ["-fsanitize=thread"],
 }
-_ENGINE = ("engine.cpp", "exchange.cpp", "fibers.cpp")
+_ENGINE = (
+    "engine.cpp",
+    "exchange.cpp",
+    "fibers.cpp",
+    "launches.cpp",
+    "mbarriers.cpp",
+    "shared_memory.cpp",
+    "warpgroups.cpp",
+)
 # The engine's own bookkeeping is no race of a kernel's: no sanitizer, and no loop of it becomes a
 # memmove, which TSAN would intercept.
 _ENGINE_FLAGS = {
@@ -183,22 +192,48 @@ def _sources(csrc: Path) -> list[Path]:
     return [*kernels, *sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.cu"))]
 
 
-def _headers(csrc: Path) -> bytes:
-    digest = hashlib.sha256()
-    found = [*csrc.glob("include/**/*.h"), *csrc.glob("include/**/*.cuh")]
-    found += [*csrc.glob("kernels/*.cuh"), *HERE.glob("**/*.h")]
-    for path in sorted(found, key=lambda p: (p.name, str(p))):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.digest()
+class _Contents:
+    """What objects are named after: a source with all that it includes."""
+
+    def __init__(self, csrc: Path) -> None:
+        self.folders = (csrc / "include", HERE / "include", HERE)
+        self._read: dict[Path, tuple[bytes, list[Path]]] = {}
+
+    def digest(self, source: Path) -> bytes:
+        """Of names and contents; where the files lie does not matter."""
+        seen: dict[Path, None] = {}
+        left = [source]
+        while left:
+            path = left.pop()
+            if path not in seen:
+                seen[path] = None
+                left += self._file(path)[1]
+        digest = hashlib.sha256()
+        for path in seen:
+            digest.update(path.name.encode() + b"\0" + self._file(path)[0])
+        return digest.digest()
+
+    def _file(self, path: Path) -> tuple[bytes, list[Path]]:
+        if path not in self._read:
+            content = path.read_bytes()
+            names = re.findall(rb'^ *# *include "([^"]+)"', content, re.M)
+            found = [
+                folder / name.decode()
+                for name in names
+                for folder in (path.parent, *self.folders)
+                if (folder / name.decode()).is_file()
+            ]
+            self._read[path] = content, found
+        return self._read[path]
 
 
-def _compile(command: list[str], source: Path, csrc: Path, headers: bytes) -> Path:
+def _compile(command: list[str], source: Path, contents: _Contents) -> Path:
     """The object of one source, from build/emulation if nothing that it depends on changed."""
-    key = hashlib.sha256(" ".join(command).encode() + headers + source.read_bytes())
+    key = hashlib.sha256(" ".join(command).encode() + contents.digest(source))
     result = OBJECTS / f"{source.stem}-{key.hexdigest()[:16]}.o"
     if not result.exists():
         partial = result.with_suffix(f".{os.getpid()}.o")
-        include = [f"-I{csrc / 'include'}", f"-I{HERE / 'include'}", f"-I{HERE}"]
+        include = [f"-I{folder}" for folder in contents.folders]
         _run([*command, *include, "-c", str(source), "-o", str(partial)])
         partial.replace(result)
     return result
@@ -206,10 +241,10 @@ def _compile(command: list[str], source: Path, csrc: Path, headers: bytes) -> Pa
 
 def _build(commands: Mapping[Path, list[str]], link: list[str], csrc: Path) -> Path:
     OBJECTS.mkdir(parents=True, exist_ok=True)
-    headers = _headers(csrc)
+    contents = _Contents(csrc)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         objects = list(
-            pool.map(lambda item: _compile(item[1], item[0], csrc, headers), commands.items())
+            pool.map(lambda item: _compile(item[1], item[0], contents), commands.items())
         )
     key = hashlib.sha256(" ".join([*link, *map(str, objects)]).encode()).hexdigest()[:16]
     executable = OBJECTS / f"runner-{key}"
@@ -231,13 +266,14 @@ def build_emulated(mode: str, csrc: Path = ROOT / "csrc") -> Path:
 
 
 def build_for_gpu(arch: str) -> Path:
-    """The same runner for a GPU of e.g. "90a"; its functions run on the current device."""
+    """The same runner for a GPU of e.g. "90a"; its functions run on the current device. Sources
+    named *_sm90 are for that target alone, and no others have what they define."""
     assert NVCC is not None
     flags = ["-std=c++20", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     commands = {
         source: [NVCC, *flags, '-DQLK_CUDA_ARCHS=""', "-x", "cu"]
         for source in _sources(ROOT / "csrc")
-        if source.name not in _ENGINE
+        if source.name not in _ENGINE and (arch == "90a" or not source.stem.endswith("_sm90"))
     }
     return _build(commands, [NVCC, *flags], ROOT / "csrc")
 

@@ -4,35 +4,14 @@ test_matmuls.py)."""
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests import cuda_codec_checks, cuda_gradients, cuda_matmuls
-from tests.emulation.cuda.runner import ROOT, KernelStopped, build_emulated, start, why_no_emulation
+from tests.emulation.cuda.mutation import Mutation, assert_turns_red
 
 CHECKS = {**cuda_codec_checks.CHECKS, **cuda_matmuls.CHECKS, **cuda_gradients.CHECKS}
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """One wrong kernel.
-
-    Attributes:
-        what: the fault, as the test's name.
-        source: the changed file, relative to csrc.
-        changes: (old, new) texts; each old one occurs exactly once.
-        check: the check that must fail.
-        mode: where; in "races" it must be TSAN that complains.
-    """
-
-    what: str
-    source: str
-    changes: tuple[tuple[str, str], ...]
-    check: str
-    mode: str = "plain"
 
 
 MATMUL = "kernels/quantized_matmul_sm80.cu"
@@ -138,9 +117,21 @@ MUTATIONS = (
     Mutation(
         "matmul_reads_scales_past_the_last",
         MATMUL,
-        (("    if (scale_left > 0) {", "    if (scale_left > -kTileK) {"),),
+        (("if (scale_left > step * kTileK)", "if (scale_left > (step - 1) * kTileK)"),),
         "shapes",
         "memory",
+    ),
+    Mutation(
+        "matmul_goes_round_the_first_tiles",
+        MATMUL,
+        (("    sources.advance(kStages);\n", ""),),
+        "shapes",
+    ),
+    Mutation(
+        "matmul_reads_xa_as_if_it_stood_alone",
+        EPILOGUE,
+        (("p.tokens, p.xa_stride,", "p.tokens, p.rank,"),),
+        "adapters",
     ),
     Mutation(
         "matmul_does_not_wait",
@@ -185,6 +176,32 @@ MUTATIONS = (
         EPILOGUE,
         (("for (int split = 1; split < p.splits", "for (int split = 2; split < p.splits"),),
         "splits",
+    ),
+    Mutation(
+        "matmul_does_not_wait_for_the_projection",
+        MATMUL,
+        (("  ptx::wait_for_primary();\n", ""),),
+        "projections_launched_ahead",
+    ),
+    Mutation(
+        "matmul_adds_the_adapter_before_the_projection_is_there",
+        MATMUL,
+        (
+            ("  ptx::wait_for_primary();\n", ""),
+            ("  store_tile<kDType", "  ptx::wait_for_primary();\n  store_tile<kDType"),
+        ),
+        "projections_launched_ahead",
+    ),
+    Mutation(
+        "projection_is_launched_to_overlap_what_wrote_x",
+        "kernels/low_rank.cu",
+        (
+            (
+                "return launch(down_projection_kernel<DType::kBFloat16>",
+                "return launch_overlapping(down_projection_kernel<DType::kBFloat16>",
+            ),
+        ),
+        "projections_launched_ahead",
     ),
     Mutation(
         "down_projection_sums_before_all_are_there",
@@ -240,8 +257,8 @@ MUTATIONS = (
         "gradient_keeps_one_tile_of_left",
         GRADIENT,
         (
-            ("left_part.store(left + (parity ^ 1) * Layout::kLeftBytes)", "left_part.store(left)"),
-            ("left + parity * Layout::kLeftBytes", "left"),
+            ("left_part.store(left + (parity ^ 1) * Shape::kLeftBytes)", "left_part.store(left)"),
+            ("left + parity * Shape::kLeftBytes", "left"),
         ),
         "gradient_pipeline",
         "races",
@@ -251,6 +268,19 @@ MUTATIONS = (
         GRADIENT,
         (("    if (first < last)\n", "    if (first + 1 < last)\n"),),
         "gradient_and_u",
+    ),
+    Mutation(
+        "gradient_of_many_ranks_sums_u_before_all_are_there",
+        GRADIENT,
+        (("      __syncthreads();\n      store_u", "      store_u"),),
+        "gradient_ranks",
+        "races",
+    ),
+    Mutation(
+        "gradient_of_many_ranks_takes_the_columns_of_few",
+        "include/qlk/cuda/launch.h",
+        (("ranks == 64 && both ? 256 : 512;", "ranks == 64 && !both ? 256 : 512;"),),
+        "gradient_ranks",
     ),
     Mutation(
         "gradient_sums_u_before_all_are_there",
@@ -293,13 +323,13 @@ MUTATIONS = (
     ),
     Mutation(
         "partial_sums_forget_the_last",
-        GRADIENT,
+        "kernels/partial_sums.cu",
         (("part < job.parts;", "part + 1 < job.parts;"),),
         "partial_sums",
     ),
     Mutation(
         "partial_sums_round_before_scaling",
-        GRADIENT,
+        "kernels/partial_sums.cu",
         (
             (
                 "__fmul_rn(job.scaling, sum)",
@@ -320,22 +350,4 @@ MUTATIONS = (
 @pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
 def test_a_wrong_kernel_turns_a_check_red(mutation: Mutation, tmp_path: Path) -> None:
-    reason = why_no_emulation()
-    if reason:
-        pytest.skip(reason)
-    csrc = tmp_path / "csrc"
-    shutil.copytree(ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("*.cpp"))
-    changed = csrc / mutation.source
-    text = changed.read_text()
-    for old, new in mutation.changes:
-        assert text.count(old) == 1, f"{mutation.source} has {old!r} {text.count(old)} times"
-        text = text.replace(old, new)
-    changed.write_text(text)
-    runner = start(mutation.mode, build_emulated(mutation.mode, csrc))
-    with pytest.raises(AssertionError) as caught:
-        for seed in range(1, 4):
-            CHECKS[mutation.check](runner, seed)
-    if mutation.mode != "plain":
-        assert isinstance(caught.value, KernelStopped), caught.value
-        tool = "ThreadSanitizer" if mutation.mode == "races" else "AddressSanitizer"
-        assert tool in str(caught.value)
+    assert_turns_red(mutation, CHECKS, tmp_path)

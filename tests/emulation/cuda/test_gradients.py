@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qlora_kernels.backends.cuda import low_rank
+from qlora_kernels.backends.cuda import dense_path, low_rank
 from qlora_kernels.backends.cuda import qlora_linear as qlora_entry
 from qlora_kernels.reference import dequantize_reference, dropout_reference
 from tests import cuda_gradients
@@ -48,6 +48,7 @@ def test_whole_backward(
             return tuple(cuda_gradients.partial_sums(runner, 1, jobs))
         rows, (width, stride) = grad_y.shape[1], (extended.shape[1], extended.shape[1])
         u, grad_b, tail = cuda_gradients.partial_sums(runner, 1, jobs, (stride, width - rows))
+        assert extended.is_contiguous()
         extended[:, :rows] = got["copy"][:, :rows]
         extended[:, rows:] = torch.nn.functional.pad(tail, (0, rows)).view(-1, stride)[
             :, : width - rows
@@ -64,8 +65,8 @@ def test_whole_backward(
 
     monkeypatch.setattr(low_rank, "run_adapter_gradients", adapter_gradients)
     monkeypatch.setattr(low_rank, "run_token_product", token_product)
-    monkeypatch.setattr(qlora_entry, "dequantize_cuda", dequantize_reference)
-    monkeypatch.setattr(qlora_entry, "dropout_cuda", dropout_reference)
+    monkeypatch.setattr(dense_path, "dequantize_cuda", dequantize_reference)
+    monkeypatch.setattr(dense_path, "dropout_cuda", dropout_reference)
     for dtype, rank, rows in ((torch.bfloat16, 16, 520), (torch.float16, 5, 65)):
         p = random_qlora(
             150, random_weight((rows, 128), 64), rank, dtype, torch.float32, dropout_p=dropout_p

@@ -38,7 +38,8 @@ struct FusedMatmulParams {
   int64_t tokens = 0;              // M
   const void* bias = nullptr;      // [N] of bias_dtype, or null
   DType bias_dtype = DType::kFloat32;
-  const void* xa = nullptr;      // [M,R]
+  const void* xa = nullptr;  // [M,R], rows xa_stride elements apart
+  int64_t xa_stride = 0;
   const void* lora_b = nullptr;  // [N,R] of lora_b_dtype, rounded to dtype as it is read
   DType lora_b_dtype = DType::kFloat32;
   int64_t rank = 0;  // R; 0: no adapter
@@ -49,6 +50,9 @@ struct FusedMatmulParams {
   int splits = 1;
   float* partials = nullptr;
   uint32_t* tickets = nullptr;
+  // The kernel that writes xa is the last one launched in the stream, all that this one reads
+  // besides was written before that one started: from sm_90 on this one starts before it has ended.
+  bool overlaps = false;
 };
 
 // A weight whose rows are whole 64-element chunks, each with one scale.
@@ -94,6 +98,11 @@ struct DownProjectionParams {
 
 int launch_down_projection(const DownProjectionParams& params, void* stream);
 
+// Both, the projection first: its result is what the product reads as xa, or holds it. On sm_90 the
+// product reads its weights meanwhile.
+int launch_projected_matmul(const DownProjectionParams& projection, const FusedMatmulParams& matmul,
+                            void* stream);
+
 // Products that sum over tokens or over `data`'s columns, left as partial sums: gradient [C,R] =
 // dataᵀ left, if left is given, and in the same pass over data u [M,R] = data · right, if that is.
 // fp32 sums of products of fp16 or bf16; neither scaled nor rounded.
@@ -111,18 +120,29 @@ struct LowRankGradientParams {
   const void* right = nullptr;
   DType right_dtype = DType::kFloat32;
   bool right_rank_major = false;
-  float* u_partials = nullptr;  // [low_rank_gradient_columns(C), M, R]
+  float* u_partials = nullptr;  // [low_rank_u_parts(C, R, left != nullptr), M, R]
   // data once more: [M,C] with copy_stride elements between rows; or null. Then C, copy_stride and
   // both pointers are multiples of a vector.
   void* copy = nullptr;
   int64_t copy_stride = 0;
 };
 
-constexpr int64_t kGradientColumns = 512, kGradientTokens = 16;
+constexpr int64_t kGradientTokens = 16;
+
+// Ranks that a block takes in its one pass over data; more of them are shared by several blocks.
+inline int64_t low_rank_gradient_ranks(int64_t rank) {
+  return rank <= 16 ? 16 : rank <= 32 ? 32 : 64;
+}
+
+// Columns of a block's tile: both products of 64 ranks fill its registers with half of them.
+constexpr int64_t low_rank_gradient_tile(int64_t ranks, bool both) {
+  return ranks == 64 && both ? 256 : 512;
+}
 
 // Slices of the columns, each with its partial sum of u.
-inline int64_t low_rank_gradient_columns(int64_t cols) {
-  return (cols + kGradientColumns - 1) / kGradientColumns;
+inline int64_t low_rank_u_parts(int64_t cols, int64_t rank, bool with_gradient) {
+  const int64_t tile = low_rank_gradient_tile(low_rank_gradient_ranks(rank), with_gradient);
+  return (cols + tile - 1) / tile;
 }
 
 int launch_low_rank_gradient(const LowRankGradientParams& params, void* stream);

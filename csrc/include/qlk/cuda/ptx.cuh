@@ -107,12 +107,27 @@ __device__ __forceinline__ float load_from_l2(const float* source) {
   return value;
 #endif
 }
-
-#if !defined(QLK_EMULATE_CUDA)
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+__device__ __forceinline__ uint4 load_from_l2(const uint4* source) {
+#if defined(QLK_EMULATE_CUDA)
+  return *source;
+#else
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(source)
+               : "memory");
+  return v;
 #endif
+}
+
+// The address of shared memory within it, as instructions take it.
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+#if defined(QLK_EMULATE_CUDA)
+  return emulation::window_address(pointer);
+#else
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+#endif
+}
 
 // cp.async (9.7.9.25.3.1): kBytes from global to shared memory, not waited for; the first
 // `source_bytes` of them are read, the rest of the destination is zeroed. Both pointers are aligned

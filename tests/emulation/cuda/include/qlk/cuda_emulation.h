@@ -1,7 +1,7 @@
 // CUDA C++ as far as csrc/kernels uses it, for a C++20 compiler: tests only.
 //
 // qlk/cuda/device.cuh includes this in place of the CUDA runtime where QLK_EMULATE_CUDA is defined.
-// The twins of PTX instructions stand beside the instructions, in qlk/cuda/ptx.cuh.
+// The twins of PTX instructions stand beside the instructions, in qlk/cuda/ptx*.cuh.
 #pragma once
 
 #include <algorithm>
@@ -57,7 +57,9 @@ using std::min;
       (qlk::emulation::register_shared(name, sizeof name), true); \
   (void)name##_is_registered
 #define DYNAMIC_SHARED(type, name) \
-  type* const name = static_cast<type*>(qlk::emulation::dynamic_shared())
+  type* const name = static_cast<type*>(qlk::emulation::dynamic_shared(false))
+#define SWIZZLED_SHARED(type, name) \
+  type* const name = static_cast<type*>(qlk::emulation::dynamic_shared(true))
 
 #define __syncthreads() qlk::emulation::sync_threads(__LINE__)
 inline void __syncwarp(unsigned mask = 0xffffffffu) { qlk::emulation::sync_warp(mask, 0); }
@@ -65,20 +67,37 @@ inline void __threadfence() {}
 
 namespace qlk {
 
+namespace emulation {
+
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                   cudaStream_t, Arguments... arguments) {
+void enqueue_call(bool overlaps, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                  size_t shared_bytes, Arguments... arguments) {
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> arguments;
-  } call{kernel, std::tuple<Parameters...>(arguments...)};
-  emulation::run_grid(
-      grid, block, shared_bytes,
-      [](void* context) {
-        const Call& c = *static_cast<const Call*>(context);
-        std::apply(c.kernel, c.arguments);
-      },
-      &call);
+  };
+  enqueue({grid, block, shared_bytes,
+           [](void* context) {
+             const Call& c = *static_cast<const Call*>(context);
+             std::apply(c.kernel, c.arguments);
+           },
+           [](void* context) { delete static_cast<Call*>(context); },
+           new Call{kernel, std::tuple<Parameters...>(arguments...)}, overlaps});
+}
+
+}  // namespace emulation
+
+// Launches run later: see enqueue.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t, Arguments... arguments) {
+  emulation::enqueue_call(false, kernel, grid, block, shared_bytes, arguments...);
+  return cudaSuccess;
+}
+template <class... Parameters, class... Arguments>
+cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                               size_t shared_bytes, cudaStream_t, Arguments... arguments) {
+  emulation::enqueue_call(true, kernel, grid, block, shared_bytes, arguments...);
   return cudaSuccess;
 }
 

@@ -26,14 +26,28 @@ constexpr unsigned kFullMask = 0xffffffffu;
 // 0 runs blocks and ready threads in order, any other number in a random order of its own.
 void set_seed(uint64_t seed);
 
-// Runs body(context) as every thread of every block, blocks one after another.
-void run_grid(Dim3 grid, Dim3 block, size_t dynamic_shared_bytes, void (*body)(void*),
-              void* context);
+// A launch: body(context) as every thread of every block, blocks one after another; then
+// destroy(context). `overlaps`: it may start before the launch ahead of it has run.
+struct QueuedLaunch {
+  Dim3 grid, block;
+  size_t dynamic_shared_bytes;
+  void (*body)(void*);
+  void (*destroy)(void*);
+  void* context;
+  bool overlaps;
+};
+// A launch runs when the next one comes, unless that one overlaps it, or at synchronize().
+void enqueue(const QueuedLaunch& launch);
+void synchronize();
 
 // Shared memory: registered statics and one dynamic array, filled with 0xFF before every block.
 void register_shared(void* data, size_t bytes);
-void* dynamic_shared();
+void* dynamic_shared(bool is_swizzled);
 bool in_shared(const void* data, size_t bytes);
+// 32-bit addresses of shared memory, as instructions see them. Dynamic shared memory begins at a
+// boundary of 128 bytes there, and of no more unless it is there to be swizzled.
+uint32_t window_address(const void* data);
+const void* from_window(uint32_t address, size_t bytes);
 
 // __syncthreads at a source line; meeting others at another line is an error.
 void sync_threads(int line);
