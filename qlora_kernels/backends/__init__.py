@@ -4,7 +4,7 @@ registers its kernels."""
 from importlib import import_module
 from pkgutil import iter_modules
 
-from qlora_kernels.backends import cpu, cuda, torch_reference, triton
+from qlora_kernels.backends import cpu, cuda, dense, torch_reference, triton
 from qlora_kernels.backends.registry import (
     OPS,
     KernelEntry,
@@ -25,6 +25,7 @@ __all__ = [
     "KernelEntry",
     "Problem",
     "backend",
+    "dense",
     "entries",
     "explain_problem",
     "register_kernel",

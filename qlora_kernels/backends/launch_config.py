@@ -15,15 +15,21 @@ import torch
 
 from qlora_kernels.backends.device import DeviceFacts
 
-Path = Literal["one_token", "fused", "dense"]
+Path = Literal["few_tokens", "one_token", "fused", "dense"]
+
+Decode = Literal["gather", "prmt"]
 
 # Most tokens of the fused product; above it decoding once and a plain GEMM cost less than decoding
 # again for every tile of tokens.
 FUSED_TOKENS = 512
+# Most tokens of the product that multiplies by scales after it has summed.
+FEW_TOKENS = 32
 # Widest rank that one tile holds; wider ones take several, each reading the large operand again.
 LARGEST_TILE_R = 64
 _SMALLEST_DOT = 16  # tl.dot's least extent
 _FIXED_TILE_M = 64  # of batch-invariant products
+# Weights of a scale for which few tokens' products are summed: a word of codes a lane of four.
+_SMALLEST_GROUP = 32
 
 
 class MatmulSizes(NamedTuple):
@@ -42,7 +48,8 @@ class MatmulConfig:
     """Tiles and schedule of one fused kernel.
 
     tile_m tokens, tile_n out_features, tile_k in_features; splits: programs that share an output
-    tile, each with its part of the sum.
+    tile, each with its part of the sum; decode: table lookups in shared memory, or by byte
+    permutation in registers.
     """
 
     tile_m: int
@@ -51,9 +58,10 @@ class MatmulConfig:
     splits: int
     num_warps: int
     num_stages: int
+    decode: Decode = "gather"
 
 
-# (device name, "forward" or "backward", sizes) -> configuration, measured there.
+# (device name, "few_tokens", "forward" or "backward", sizes) -> configuration, measured there.
 TUNED: dict[tuple[str, str, MatmulSizes], MatmulConfig] = {}
 
 
@@ -73,13 +81,17 @@ def why_not_fused(sizes: MatmulSizes) -> str | None:
 
 
 def choose_path(sizes: MatmulSizes) -> Path:
-    """ "one_token": fp32 products, memory-bound. "fused": Ŵ decoded inside the product. "dense": Ŵ
-    decoded to scratch, then torch's GEMM. Batch-invariant products are always fused: which kernel a
-    GEMM library picks depends on M."""
+    """ "few_tokens": table values decoded in registers, scales on the sums of a block. "one_token":
+    fp32 products. "fused": Ŵ decoded inside the product. "dense": Ŵ decoded to scratch, then
+    torch's GEMM. Batch-invariant products are always fused: which kernel a GEMM library picks
+    depends on M."""
     if why_not_fused(sizes):
         return "dense"
     if sizes.batch_invariant:
         return "fused"
+    narrow = sizes.dtype != torch.float32
+    if narrow and sizes.tokens <= FEW_TOKENS and sizes.block_size >= _SMALLEST_GROUP:
+        return "few_tokens"
     if sizes.tokens == 1:
         return "one_token"
     # fp32 products take no tensor cores in the fused kernels, whatever torch is set to.
@@ -88,22 +100,39 @@ def choose_path(sizes: MatmulSizes) -> Path:
     return "fused"
 
 
+def few_tokens_config(sizes: MatmulSizes, facts: DeviceFacts) -> MatmulConfig:
+    """Of the product for few tokens: each warp has 64 columns of a tile of 256, so that K is split
+    inside a program already."""
+    tuned = TUNED.get((facts.name, "few_tokens", sizes))
+    if tuned:
+        return tuned
+    tile_m = min(tile for tile in (8, 16, 32) if sizes.tokens <= tile)
+    # Accumulators of every group: as many as stay in registers.
+    tile_n = 64 if tile_m * 64 <= 16 * scale_group(sizes.block_size) else 32
+    programs = -(-sizes.out_features // tile_n)
+    # Three programs an SM, of two tiles or more.
+    splits = max(1, min(3 * facts.sm_count // programs, sizes.in_features // 512, 16))
+    return MatmulConfig(tile_m, tile_n, 256, splits, 4, 3, "prmt")
+
+
 def forward_config(sizes: MatmulSizes, facts: DeviceFacts) -> MatmulConfig:
     """Of the fused forward. Depends on M in its token tile and the splits that follow from it,
     and not at all for a batch-invariant product."""
     tuned = TUNED.get((facts.name, "forward", sizes))
     if tuned:
         return tuned
-    tile_m = _tile_m(sizes)
+    tile_m, decode = _tile_m(sizes), _fused_decode(sizes, facts)
     few = tile_m == _SMALLEST_DOT
     # A warpgroup multiplies 64 rows of the weight; larger tiles of tokens want more of them.
     tile_n = 64 if few else 128
-    tile_k = 128 if few and sizes.in_features % 128 == 0 else 64
-    num_warps = 8 if tile_m == 128 else 4
+    wide = few or (tile_m == 128 and decode == "prmt")
+    tile_k = 128 if wide and sizes.in_features % 128 == 0 else 64
+    num_warps, num_stages = (8 if tile_m == 128 else 4), (3 if tile_m == 128 and wide else 4)
     m_tiles = 1 if sizes.batch_invariant else -(-sizes.tokens // tile_m)
     programs = -(-sizes.out_features // tile_n) * m_tiles
     splits = _splits(programs, sizes.in_features, tile_k, facts)
-    return _fp32_sized(MatmulConfig(tile_m, tile_n, tile_k, splits, num_warps, 4), sizes)
+    config = MatmulConfig(tile_m, tile_n, tile_k, splits, num_warps, num_stages, decode)
+    return _fp32_sized(config, sizes)
 
 
 def backward_config(sizes: MatmulSizes, facts: DeviceFacts) -> MatmulConfig:
@@ -111,10 +140,12 @@ def backward_config(sizes: MatmulSizes, facts: DeviceFacts) -> MatmulConfig:
     tuned = TUNED.get((facts.name, "backward", sizes))
     if tuned:
         return tuned
-    tile_m = _tile_m(sizes)
+    tile_m, decode = _tile_m(sizes), _fused_decode(sizes, facts)
     num_warps = 8 if tile_m == 128 else 4
-    tile_k = 128 if tile_m == 128 and sizes.in_features % 128 == 0 else 64
-    return _fp32_sized(MatmulConfig(tile_m, 64, tile_k, 1, num_warps, 3), sizes)
+    wide = tile_m == 128 or decode == "prmt"
+    tile_k = 128 if wide and sizes.in_features % 128 == 0 else 64
+    tile_n = 128 if tile_m == 128 and decode == "prmt" else 64
+    return _fp32_sized(MatmulConfig(tile_m, tile_n, tile_k, 1, num_warps, 3, decode), sizes)
 
 
 class ThinConfig(NamedTuple):
@@ -178,6 +209,12 @@ def extends_group_backward(
         and out_features < 2 * products * in_features
         and tokens > FUSED_TOKENS
     )
+
+
+def _fused_decode(sizes: MatmulSizes, facts: DeviceFacts) -> Decode:
+    """By counted instructions: in pairs of bf16, whose range is that of the scales, and where
+    wgmma or tcgen05 takes x from shared memory. For mma.sync Triton then loads x in pieces."""
+    return "prmt" if sizes.dtype == torch.bfloat16 and facts.capability >= 90 else "gather"
 
 
 def _tile_m(sizes: MatmulSizes) -> int:

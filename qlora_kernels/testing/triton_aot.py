@@ -83,13 +83,13 @@ class Compiled:
         return str(self.triton_kernel.asm["ttgir"])
 
     def wgmma_waits(self) -> list[int]:
-        """Of every wait for wgmma in a loop that also decodes (gathers from a table): how many
-        later products it leaves running. 0 means that nothing overlaps with the product."""
+        """Of every wait for wgmma in a loop that also decodes (gathers from a table, or permutes
+        its bytes): how many later products it leaves running. 0 means that nothing overlaps."""
         waits = []
         for _, body in re.findall(
             r"^( *)[^\n]*scf\.for [^\n]*\{\n(.*?)^\1\}", self.ttgir, re.M | re.S
         ):
-            if "tt.gather" in body:
+            if "tt.gather" in body or "prmt.b32" in body:
                 waits += [
                     int(n) for n in re.findall(r"warp_group_dot_wait.*pendings = (\d+)", body)
                 ]

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from qlora_kernels.backends.device import A100, B200, H200, DeviceFacts
-from qlora_kernels.backends.launch_config import MatmulSizes, backward_config, forward_config
+from qlora_kernels.backends.launch_config import (
+    MatmulSizes,
+    backward_config,
+    few_tokens_config,
+    forward_config,
+)
 from qlora_kernels.backends.triton.dequantize import (
     MOST_WEIGHTS,
     dequantize_launch,
@@ -29,12 +34,30 @@ from qlora_kernels.backends.triton.quantized_matmul import (
     Down,
     Up,
     backward_launch,
+    few_tokens_launches,
     forward_launches,
     one_token_launch,
 )
 from qlora_kernels.formats.quantized_weight import WeightOperands
 
 FACTS: dict[int, DeviceFacts] = {facts.capability: facts for facts in (A100, H200, B200)}
+# Instructions per element of the product for few tokens, of a weight with plain scales.
+FEW_BUDGET = {80: 3.8, 90: 3.8, 100: 4.2}
+FEW_BUDGET_16 = {80: 4.3, 90: 4.3, 100: 4.6}
+# Cases for sm_80 and sm_100.
+ELSEWHERE = (
+    "dequantize-nested-torch.bfloat16",
+    f"dequantize_many-{MOST_WEIGHTS}-nested",
+    "quantize-torch.float32-decoded",
+    "double_quantize-sum",
+    "few-M1-absmax",
+    "few-M16-nested",
+    "forward-M64-absmax",
+    "backward-M512-nested",
+    "down-dropout",
+    "down-gradient-dropout",
+    "up-gradients",
+)
 # A layer of a 7B model.
 N, K, R = 4096, 4096, 16
 BF16 = torch.bfloat16
@@ -53,6 +76,8 @@ class Case:
         narrow_stores: the same of stores, over the whole kernel.
         tensor_cores: whether the hot loop multiplies on them.
         overlaps: whether it is a decoding loop that must not wait for its product on sm_90.
+        permutes: PRMT instructions per eight elements that its hot loop decodes with, at least;
+            None: it looks tables up, and has none of them to speak of.
     """
 
     name: str
@@ -63,6 +88,7 @@ class Case:
     narrow_stores: int | None = None
     tensor_cores: bool = False
     overlaps: bool = False
+    permutes: int | None = None
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -84,10 +110,12 @@ def meta_weight(
 
 
 def cases(capability: int) -> Iterator[Case]:
-    """All cases for a GPU of that compute capability."""
-    yield from codec_cases()
-    yield from matmul_cases(capability)
-    yield from low_rank_cases()
+    """All cases for a GPU of that compute capability: every one for sm_90; for the others of each
+    kernel the one that is hardest on registers, since the rest of them differs in nothing that a
+    target could change."""
+    for case in (*codec_cases(), *matmul_cases(capability), *low_rank_cases()):
+        if capability == 90 or case.name in ELSEWHERE:
+            yield case
 
 
 def everywhere(budget: float) -> dict[int, float]:
@@ -99,28 +127,34 @@ def codec_cases() -> Iterator[Case]:
     """Codecs and dropout. Dequantize loads 4 bytes of codes a lane, a whole line per warp, because
     eight codes make one 16-byte store; 17.7 instructions per element are what an H200 can issue
     while its memory streams."""
-    for double_quant in (False, True):
+    for double_quant, dtype, budget in (
+        (False, BF16, 12.0),
+        (True, BF16, 14.5),
+        (True, torch.float32, 20.0),
+    ):
         weight = meta_weight(N, K, 64, double_quant)
         store = "nested" if double_quant else "absmax"
-        for dtype, budget in ((BF16, 14.5), (torch.float32, 20.0)):
-            flat = meta(1, N * K, dtype=dtype)
-            yield Case(
-                f"dequantize-{store}-{dtype}",
-                dequantize_launch(weight, flat),
-                4096,
-                everywhere(budget),
-                narrow_loads=None,
-                narrow_stores=0,
-            )
-        for count in (2, MOST_WEIGHTS):
-            # One of them with rows that are apart, as the extended forward wants them.
-            outs = [meta(1, N * K, dtype=BF16)] * (count - 1) + [meta(N, K + 64, dtype=BF16)[:, :K]]
-            launch = dequantize_many_launch([(weight, out) for out in outs])
-            name = f"dequantize_many-{count}-{store}"
-            yield Case(name, launch, 8192, everywhere(13.0), None, narrow_stores=0)
+        flat = meta(1, N * K, dtype=dtype)
+        yield Case(
+            f"dequantize-{store}-{dtype}",
+            dequantize_launch(weight, flat),
+            4096,
+            everywhere(budget),
+            narrow_loads=None,
+            narrow_stores=0,
+        )
+    for count, double_quant in ((2, False), (MOST_WEIGHTS, True)):
+        weight = meta_weight(N, K, 64, double_quant)
+        store = "nested" if double_quant else "absmax"
+        # One of them with rows that are apart, as the extended forward wants them.
+        outs = [meta(1, N * K, dtype=BF16)] * (count - 1) + [meta(N, K + 64, dtype=BF16)[:, :K]]
+        launch = dequantize_many_launch([(weight, out) for out in outs])
+        name = f"dequantize_many-{count}-{store}"
+        yield Case(name, launch, 8192, everywhere(13.0), None, narrow_stores=0)
+    flat = meta(1, N * K, dtype=torch.float32)
     huge, numel = meta_weight(1, 2**31 + 128), 2**31 + 128
     launch = dequantize_many_launch(
-        [(weight, flat), (huge, meta(1, numel, dtype=torch.float32))],
+        [(meta_weight(N, K, 64, True), flat), (huge, meta(1, numel, dtype=torch.float32))],
     )
     yield Case("dequantize_many-huge", launch, 8192, everywhere(13.0), None, narrow_stores=0)
     pitched = meta(N, K + 16, dtype=BF16)[:, :K]
@@ -130,22 +164,24 @@ def codec_cases() -> Iterator[Case]:
     launch = dequantize_launch(meta_weight(33, 1001), ragged[:, :1000])
     yield Case("dequantize-ragged", launch, 1024, everywhere(90.0), None)
 
-    for dtype, budget in ((BF16, 42.0), (torch.float32, 50.0)):
-        for scales, boundaries in ((None, torch.float32), (meta(N * K // 64), torch.float64)):
-            launch = quantize_launch(
-                meta(N, K, dtype=dtype),
-                meta(15, dtype=boundaries),
-                meta(16, dtype=torch.uint8),
-                7,
-                64,
-                scales,
-                meta(N * K // 2, dtype=torch.uint8),
-                meta(N * K // 64),
-            )
-            name = f"quantize-{dtype}" + ("" if scales is None else "-decoded")
-            # The tables; a scale and twice as wide boundaries; one absmax is stored.
-            narrow = 3 if scales is None else 12
-            yield Case(name, launch, 4096, everywhere(budget), narrow, 1)
+    for dtype, budget, scales, boundaries in (
+        (BF16, 42.0, None, torch.float32),
+        (torch.float32, 50.0, meta(N * K // 64), torch.float64),
+    ):
+        launch = quantize_launch(
+            meta(N, K, dtype=dtype),
+            meta(15, dtype=boundaries),
+            meta(16, dtype=torch.uint8),
+            7,
+            64,
+            scales,
+            meta(N * K // 2, dtype=torch.uint8),
+            meta(N * K // 64),
+        )
+        name = f"quantize-{dtype}" + ("" if scales is None else "-decoded")
+        # The tables; a scale and twice as wide boundaries; one absmax is stored.
+        narrow = 3 if scales is None else 12
+        yield Case(name, launch, 4096, everywhere(budget), narrow, 1)
     blocks = N * K // 64
     total, offset, encode = double_quantize_launches(
         meta(blocks),
@@ -166,42 +202,85 @@ def codec_cases() -> Iterator[Case]:
 
 def matmul_cases(capability: int) -> Iterator[Case]:
     """Products with Ŵ for the tiles that `launch_config` picks."""
-    facts = FACTS[capability]
     for double_quant in (False, True):
-        weight = meta_weight(N, K, 64, double_quant)
-        store = "nested" if double_quant else "absmax"
-        # A scale; or its code and its second-level scale.
-        narrow = 2 if double_quant else 1
-        x, y = meta(1, K, dtype=BF16), meta(1, N, dtype=BF16)
-        up = Up(meta(N, R), meta(1, R, dtype=BF16), 1.0)
-        launch = one_token_launch(x, weight, meta(N), up, y)
+        yield from forward_cases(FACTS[capability], double_quant)
+        yield from backward_cases(FACTS[capability], double_quant)
+
+
+def forward_cases(facts: DeviceFacts, double_quant: bool) -> Iterator[Case]:
+    """Few tokens, one in fp32, and the fused product."""
+    weight = meta_weight(N, K, 64, double_quant)
+    store = "nested" if double_quant else "absmax"
+    # A scale; or its code and its second-level scale.
+    narrow = 2 if double_quant else 1
+
+    def operands(tokens: int, dtype: torch.dtype = BF16) -> tuple:
+        up = Up(meta(N, R), meta(tokens, R, dtype=dtype), 1.0)
+        return (
+            meta(tokens, K, dtype=dtype),
+            weight,
+            meta(N),
+            up,
+            meta(tokens, N, dtype=dtype),
+        )
+
+    for tokens, dtype, budget in (
+        (1, BF16, FEW_BUDGET),
+        (16, BF16, FEW_BUDGET_16),
+        (16, torch.float16, FEW_BUDGET_16),
+        (32, BF16, everywhere(6.4)),
+    ):
+        if tokens != 1 and double_quant == (dtype == torch.float16):
+            continue
+        config = few_tokens_config(MatmulSizes(tokens, N, K, dtype, 64), facts)
+        launch = few_tokens_launches(*operands(tokens, dtype), config)[0]
+        name = f"few-M{tokens}-{store}" + ("-fp16" if dtype == torch.float16 else "")
+        elements = config.tile_n * config.tile_k
+        yield Case(
+            name,
+            launch,
+            elements,
+            {cc: most + (0.4 if double_quant else 0.0) for cc, most in budget.items()},
+            narrow * (config.tile_n // 32),
+            tensor_cores=True,
+            permutes=16,
+        )
+    if double_quant:
+        launch = one_token_launch(*operands(1, torch.float32))
         yield Case(f"one-token-{store}", launch, 16 * 1024, everywhere(6.6), narrow * 4)
-        for tokens in (16, 64, 512):
-            x, y = meta(tokens, K, dtype=BF16), meta(tokens, N, dtype=BF16)
-            sizes = MatmulSizes(tokens, N, K, BF16, 64)
-            config = forward_config(sizes, facts)
-            up = Up(meta(N, R), meta(tokens, R, dtype=BF16), 1.0)
-            yield Case(
-                f"forward-M{tokens}-{store}",
-                forward_launches(x, weight, meta(N), up, y, config)[0],
-                config.tile_n * config.tile_k,
-                {80: 12.0, 90: 11.0, 100: 10.0},
-                narrow + (double_quant and config.num_warps == 8),
-                tensor_cores=True,
-                overlaps=True,
-            )
-            config = backward_config(sizes, facts)
-            seed = meta(1, dtype=torch.int64)
-            down = Down(meta(R, K), meta(tokens, R, dtype=BF16), 0.1, seed)
-            yield Case(
-                f"backward-M{tokens}-{store}",
-                backward_launch(y, weight, down, x, config),
-                config.tile_n * config.tile_k,
-                {80: 12.5, 90: 11.5, 100: 11.0},
-                narrow,
-                tensor_cores=True,
-                overlaps=True,
-            )
+    for tokens in (64, 512):
+        config = forward_config(MatmulSizes(tokens, N, K, BF16, 64), facts)
+        yield Case(
+            f"forward-M{tokens}-{store}",
+            forward_launches(*operands(tokens), config)[0],
+            config.tile_n * config.tile_k,
+            {80: 11.0, 90: 7.8, 100: 7.8},
+            narrow + (double_quant and config.num_warps == 8),
+            tensor_cores=True,
+            overlaps=True,
+            permutes=16 if facts.capability >= 90 else None,
+        )
+
+
+def backward_cases(facts: DeviceFacts, double_quant: bool) -> Iterator[Case]:
+    """grad_x with dropout on the adapter."""
+    weight = meta_weight(N, K, 64, double_quant)
+    for tokens in (16, 64, 512):
+        if (tokens == 64) == double_quant:
+            continue
+        config = backward_config(MatmulSizes(tokens, N, K, BF16, 64), facts)
+        down = Down(meta(R, K), meta(tokens, R, dtype=BF16), 0.1, meta(1, dtype=torch.int64))
+        grad_y, grad_x = meta(tokens, N, dtype=BF16), meta(tokens, K, dtype=BF16)
+        yield Case(
+            f"backward-M{tokens}-{'nested' if double_quant else 'absmax'}",
+            backward_launch(grad_y, weight, down, grad_x, config),
+            config.tile_n * config.tile_k,
+            {80: 11.5, 90: 8.2, 100: 8.2},
+            (2 if double_quant else 1) + (double_quant and config.num_warps == 8),
+            tensor_cores=True,
+            overlaps=True,
+            permutes=16 if facts.capability >= 90 else None,
+        )
 
 
 def low_rank_cases() -> Iterator[Case]:
@@ -255,7 +334,8 @@ def launches_of_one() -> list[Launch]:
     thin = meta_weight(1, 32, 32)
     x = meta(1, 32, dtype=BF16)
     up, down = Up(one, one, 1.0), Down(meta(1, 32), one, 0.5, seed)
-    config = forward_config(MatmulSizes(1, 1, 32, BF16, 32), H200)
+    sizes = MatmulSizes(1, 1, 32, BF16, 32)
+    config = forward_config(sizes, H200)
     return [
         quantize_launch(one, meta(1), meta(2, dtype=torch.uint8), 0, 32, None, byte, meta(1)),
         *double_quantize_launches(meta(1), meta(256), 256, byte, meta(1), meta(1)),
@@ -265,6 +345,7 @@ def launches_of_one() -> list[Launch]:
         dropout_launch(one, 0.5, seed, one),
         one_token_launch(x, thin, meta(1), up, one),
         *forward_launches(x, thin, meta(1), up, one, config),
+        *few_tokens_launches(x, thin, meta(1), up, one, few_tokens_config(sizes, H200)),
         backward_launch(one, thin, down, x, config),
         *down_launches(one, one, 0.5, seed, one),
         *up_gradient_launches(one, one, one, 1.0, one, one),

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from qlora_kernels.backends import launch_config
 from qlora_kernels.backends.triton.dequantize import dequantize_many_triton, dequantize_triton
 from qlora_kernels.backends.triton.double_quantize import double_quantize_triton
 from qlora_kernels.backends.triton.dropout import dropout_triton
@@ -48,6 +50,22 @@ CODEBOOKS = {name: get_format(name).codebook for name in ("nf4", "fp4", "int4")}
 }
 ALL = (True, True, True)
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+# What many tokens are in tests that look at the paths which only they take.
+MANY_TOKENS = 51
+
+
+@contextmanager
+def many_tokens_are_few() -> Iterator[None]:
+    """Inside, or in what it decorates, `MANY_TOKENS` are too many for fused products. The
+    interpreter takes seconds for as many as really are."""
+    most = launch_config.FUSED_TOKENS
+    launch_config.FUSED_TOKENS = MANY_TOKENS - 1
+    try:
+        yield
+    finally:
+        launch_config.FUSED_TOKENS = most
 
 
 def operands_on(device: torch.device, operands: WeightOperands) -> WeightOperands:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
+from qlora_kernels import env
 from qlora_kernels.backends.device import device_facts
 from qlora_kernels.backends.launch_config import (
     MatmulConfig,
     MatmulSizes,
     backward_config,
     choose_path,
+    few_tokens_config,
     forward_config,
     tile_rank,
     why_not_fused,
@@ -32,7 +35,9 @@ from qlora_kernels.backends.triton.launch import Launch
 from qlora_kernels.backends.triton.low_rank import reduce_launch, run_all
 from qlora_kernels.formats.quantized_weight import WeightOperands
 
-# Of the product with one token: a thread decodes 128 codes an iteration.
+# Ranks of each batch of the product for few tokens: the least that tl.dot takes.
+_FEW_TILE_R = 16
+# Of the product with one token in fp32: a thread decodes 128 codes an iteration.
 _ONE_TILE_N, _ONE_TILE_K = 16, 1024
 
 
@@ -110,8 +115,11 @@ def product(
     y = x.new_empty(sizes.tokens, sizes.out_features)
     if path == "one_token":
         one_token_launch(x, operands, bias, up, y).run()
+    elif path == "few_tokens":
+        config = few_tokens_config(sizes, device_facts(x.device))
+        run_all(few_tokens_launches(x, operands, bias, up, y, config))
     else:
-        config = forward_config(sizes, device_facts(x.device))
+        config = _runnable(forward_config(sizes, device_facts(x.device)))
         run_all(forward_launches(x, operands, bias, up, y, config))
     return y
 
@@ -130,9 +138,14 @@ def product_backward(
     if choose_path(sizes) == "dense":
         return _dense_backward(grad_y, operands, down, out)
     grad_x = grad_y.new_empty(sizes.tokens, sizes.in_features) if out is None else out
-    config = backward_config(sizes, device_facts(grad_y.device))
+    config = _runnable(backward_config(sizes, device_facts(grad_y.device)))
     backward_launch(grad_y, operands, down, grad_x, config, accumulate=out is not None).run()
     return grad_x
+
+
+def _runnable(config: MatmulConfig) -> MatmulConfig:
+    """The interpreter has no inline PTX, and is slow at what stands for it."""
+    return replace(config, decode="gather") if env.triton_interpret() else config
 
 
 def forward_launches(
@@ -144,6 +157,35 @@ def forward_launches(
     config: MatmulConfig,
 ) -> list[Launch]:
     """The fused forward, with a reduction where several programs share a sum over K."""
+    name = "quantized_matmul._fused_forward_kernel"
+    own = {"TILE_R": tile_rank(up.xa.shape[1]) if up else 0, "DECODE": config.decode}
+    return _split_launches(name, x, operands, bias, up, y, config, own)
+
+
+def few_tokens_launches(
+    x: torch.Tensor,
+    operands: WeightOperands,
+    bias: torch.Tensor | None,
+    up: Up | None,
+    y: torch.Tensor,
+    config: MatmulConfig,
+) -> list[Launch]:
+    """The product for few tokens, fp16 or bf16, with a reduction as above."""
+    own = {"TILE_R": _FEW_TILE_R if up else 0, "STAGES": config.num_stages}
+    name = "few_tokens._few_tokens_kernel"
+    return _split_launches(name, x, operands, bias, up, y, config, own)
+
+
+def _split_launches(
+    name: str,
+    x: torch.Tensor,
+    operands: WeightOperands,
+    bias: torch.Tensor | None,
+    up: Up | None,
+    y: torch.Tensor,
+    config: MatmulConfig,
+    own_arguments: dict[str, Any],
+) -> list[Launch]:
     (tokens, cols), rows = x.shape, operands.shape[0]
     tiles = ceil_div(cols, config.tile_k)
     per_split = ceil_div(tiles, config.splits)
@@ -156,12 +198,11 @@ def forward_launches(
         "TILE_M": config.tile_m,
         "TILE_N": config.tile_n,
         "TILE_K": config.tile_k,
-        "TILE_R": tile_rank(up.xa.shape[1]) if up else 0,
         "EVEN_K": cols % config.tile_k == 0,
     }
+    arguments |= own_arguments
     grid = (ceil_div(rows, config.tile_n), ceil_div(tokens, config.tile_m), splits)
-    kernel = "quantized_matmul._fused_forward_kernel"
-    launches = [Launch(kernel, grid, arguments, config.num_warps, config.num_stages)]
+    launches = [Launch(name, grid, arguments, config.num_warps, config.num_stages)]
     if splits > 1:
         launches.append(reduce_launch(out, y, bias=bias))
     return launches
@@ -218,6 +259,7 @@ def backward_launch(
         "TILE_R": tile_rank(down.u.shape[1]) if down else 0,
         "EVEN_K": cols % config.tile_k == 0,
         "ACCUMULATE": accumulate,
+        "DECODE": config.decode,
     }
     grid = (ceil_div(cols, config.tile_k), ceil_div(tokens, config.tile_m))
     kernel = "quantized_matmul_backward._fused_backward_kernel"

@@ -13,7 +13,8 @@ import torch
 
 from qlora_kernels.backends.triton import kernels
 from qlora_kernels.backends.triton.launch import kernel_named
-from tests.can_fail.triton_kernels import MUTATIONS, TritonMutation
+from tests.can_fail.triton_kernels import MUTATIONS
+from tests.can_fail.triton_mutation import TritonMutation
 
 SOURCES = Path(kernels.__path__[0])
 PREFIX = f"{kernels.__name__}."

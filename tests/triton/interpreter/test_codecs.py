@@ -28,8 +28,9 @@ from tests.triton.checks import (
 )
 
 SIZES = (16, *[size for size in BLOCK_SIZES if size > 16])
-# Around a byte, a block, a program's 4096 elements.
+# Around a byte, a block, a program's 4096 elements; all of them with blocks of 64.
 NUMELS = (0, 1, 2, 3, 63, 65, 4095, 4097, 9001)
+SOME_NUMELS = (1, 65, 4097)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -38,13 +39,14 @@ def test_quantize_equals_reference(
     device: torch.device, block_size: int, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(block_size)
-    for numel in NUMELS:
+    for numel in NUMELS if block_size == 64 else SOME_NUMELS:
         weight = torch.randn(numel, generator=generator).to(dtype)
         check_quantize(device, weight, CODEBOOKS["nf4"], block_size)
 
 
-# Every table in fp32, some of each kind in the other dtypes.
-TABLES = [(name, dtype) for name in CODEBOOKS for dtype in DTYPES]
+# Every table in fp32, two of them in the other dtypes.
+TABLES = [("nf4", torch.float16), ("unsorted", torch.bfloat16)]
+TABLES += [(name, torch.float32) for name in CODEBOOKS]
 TABLES += [(name, torch.float32) for name in list_formats() if name not in CODEBOOKS]
 
 
@@ -52,8 +54,7 @@ TABLES += [(name, torch.float32) for name in list_formats() if name not in CODEB
 def test_quantize_takes_any_table(device: torch.device, name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     codebook = CODEBOOKS[name] if name in CODEBOOKS else get_format(name).codebook
-    for numel in (255, 4096):
-        check_quantize(device, torch.randn(numel).to(dtype), codebook, 64)
+    check_quantize(device, torch.randn(1023).to(dtype), codebook, 64)
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int4", "one_sided"])
@@ -118,7 +119,7 @@ def test_quantize_against_decoded_scales(device: torch.device, name: str, block_
 def test_dequantize_equals_reference(
     device: torch.device, block_size: int, scales: str, dtype: torch.dtype
 ) -> None:
-    for numel in NUMELS:
+    for numel in NUMELS if block_size == 64 else SOME_NUMELS:
         check_dequantize(device, random_weight((1, numel), block_size, scales), dtype)
 
 
@@ -169,7 +170,9 @@ def test_dequantize_into_rows_that_are_apart(
 ) -> None:
     rows, cols = shape
     operands = random_weight(shape, 32, scales)
-    for pitch, offset in ((cols, 1), (cols + 7, 3), (cols + 64, 64)):
+    # fp16 is addressed as bf16 is.
+    layouts = ((cols, 1), (cols + 7, 3), (cols + 64, 64))
+    for pitch, offset in layouts if dtype != torch.float16 else layouts[1:2]:
         backing = torch.full((offset + rows * pitch + 8,), 7.0, dtype=dtype, device=device)
         out = backing[offset : offset + rows * pitch].view(rows, pitch)[:, :cols]
         check_dequantize(device, operands, dtype, out)
@@ -193,7 +196,7 @@ def test_dequantize_into_other_layouts(device: torch.device, dtype: torch.dtype)
 @pytest.mark.parametrize("scale_block_size", [32, 256, 4096])
 def test_double_quantize_equals_reference(device: torch.device, scale_block_size: int) -> None:
     generator = torch.Generator().manual_seed(scale_block_size)
-    for count in (0, 1, 255, 257, 4097):
+    for count in (0, 1, 257, 4097) if scale_block_size == 256 else (257,):
         absmax = torch.randn(count, generator=generator).abs() + 0.5
         check_double_quantize(device, absmax, scale_block_size)
 
@@ -214,7 +217,7 @@ def test_double_quantize_sums_exactly(device: torch.device) -> None:
     assert float(absmax.double().cumsum(0)[-1]) == 0.0, "the numbers must tell"
     check_double_quantize(device, absmax)
     generator = torch.Generator().manual_seed(0)
-    for exponent, count in ((5, 600), (25, 1500)):
+    for exponent, count in ((5, 600), (25, 900)):
         spread = (torch.randn(count, generator=generator) * exponent).double().exp2().float()
         check_double_quantize(device, spread)
         signs = torch.randint(0, 2, (count,), generator=generator) * 2 - 1

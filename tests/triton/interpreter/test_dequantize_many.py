@@ -37,9 +37,8 @@ def weights(scales: str, block_size: int = 64) -> list[WeightOperands]:
 def test_every_weight_of_a_launch_is_the_references(
     device: torch.device, scales: str, dtype: torch.dtype
 ) -> None:
-    for block_size in (32, 256, 4096):
-        check_dequantize_many(device, weights(scales, block_size), dtype)
-    for count in range(1, len(SHAPES)):
+    check_dequantize_many(device, weights(scales, 32 if dtype == torch.float32 else 4096), dtype)
+    for count in range(1, len(SHAPES), 2):
         check_dequantize_many(device, weights(scales)[-count:], dtype)
 
 
@@ -61,8 +60,9 @@ def test_offsets_differ_between_weights(device: torch.device) -> None:
     check_dequantize_many(device, pair, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize(
+    ("scales", "dtype"), [("nested", torch.bfloat16), ("absmax", torch.float32)], ids=str
+)
 def test_rows_that_are_apart(device: torch.device, scales: str, dtype: torch.dtype) -> None:
     group = weights(scales, 32)
     backings, outs = [], []

@@ -15,7 +15,7 @@ from qlora_kernels.testing.errors import assert_as_accurate, assert_bitwise_equa
 
 # With codes in 4 bits and one table a kernel takes part in it all.
 FORMATS = qlk.list_formats()
-SHAPE, TOKENS, RANK, SCALING = (48, 96), 5, 4, 0.5
+SHAPE, TOKENS, RANK, SCALING = (16, 96), 5, 4, 0.5
 
 
 def weight(shape: tuple[int, ...] = SHAPE) -> torch.Tensor:

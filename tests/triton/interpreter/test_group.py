@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 
-from qlora_kernels.backends.launch_config import FUSED_TOKENS
 from qlora_kernels.backends.triton import low_rank, qlora_group
 from qlora_kernels.backends.triton.launch import Launch
 from qlora_kernels.backends.triton.qlora_group import (
@@ -23,10 +22,9 @@ from tests.tolerances import (
     assert_qlora,
     assert_qlora_backward,
 )
-from tests.triton.checks import problem_on
+from tests.triton.checks import MANY_TOKENS, many_tokens_are_few, problem_on
 
 BF16 = torch.bfloat16
-MANY = FUSED_TOKENS + 3
 CPU = torch.device("cpu")
 # N and R of each member; R = 0: no adapter.
 SIZES = ((70, 4), (16, 0), (33, 9), (48, 16))
@@ -116,12 +114,14 @@ def test_group_of_few_tokens(device: torch.device, dtype: torch.dtype, dropout: 
     ],
     ids=lambda options: "-".join(options) or "plain",
 )
+@many_tokens_are_few()
 def test_group_of_many_tokens(device: torch.device, options: dict[str, tuple]) -> None:
-    check_group(device, problems(MANY, 96, BF16, **options))
+    check_group(device, problems(MANY_TOKENS, 96, BF16, **options))
 
 
+@many_tokens_are_few()
 def test_ragged_rows_of_many_tokens(device: torch.device) -> None:
-    check_group(device, problems(MANY, 131, torch.float16))
+    check_group(device, problems(MANY_TOKENS, 131, torch.float16))
 
 
 def test_group_batch_invariant(device: torch.device) -> None:
@@ -136,8 +136,9 @@ def test_group_batch_invariant(device: torch.device) -> None:
             assert_bitwise_equal(got, whole[begin:end])
 
 
+@many_tokens_are_few()
 def test_group_of_nothing_and_needs(device: torch.device) -> None:
-    for tokens in (0, 6, MANY):
+    for tokens in (0, 6, MANY_TOKENS):
         there = [problem_on(device, p) for p in problems(tokens, 96)]
         members, x = [member(p) for p in there], there[0].x
         ys, xa = qlora_group_triton(x, members)
@@ -149,7 +150,7 @@ def test_group_of_nothing_and_needs(device: torch.device) -> None:
         assert none[0].shape == x.shape and not none[0].any()
         assert not any(grad.any() for grad in (*none[1], *none[2]))
         flags = list(itertools.product([False, True], repeat=3))
-        for needs_x, a, b in flags if tokens < MANY else flags[1:7:4]:
+        for needs_x, a, b in flags if tokens < MANY_TOKENS else flags[1:7:4]:
             needs = MemberNeeds(needs_x, [a, False, b, a], [b, False, a, a])
             got = qlora_group_backward_triton(grads, x, xa, members, needs)
             assert_bitwise_equal(got[0], whole[0] if needs_x else x.new_empty(0))
@@ -160,8 +161,9 @@ def test_group_of_nothing_and_needs(device: torch.device) -> None:
                     torch.testing.assert_close(one, close, rtol=1e-5, atol=1e-5)
 
 
+@many_tokens_are_few()
 def test_two_runs_agree_in_every_bit(device: torch.device) -> None:
-    for tokens in (6, MANY):
+    for tokens in (6, MANY_TOKENS):
         there = [problem_on(device, p) for p in problems(tokens, 96)]
         members, x, grads = [member(p) for p in there], there[0].x, [p.grad_y for p in there]
         runs = []
@@ -173,7 +175,8 @@ def test_two_runs_agree_in_every_bit(device: torch.device) -> None:
             assert_bitwise_equal(two, one)
 
 
-@pytest.mark.parametrize("tokens", [6, MANY])
+@pytest.mark.parametrize("tokens", [6, MANY_TOKENS])
+@many_tokens_are_few()
 def test_x_is_read_once_each_way(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> None:
@@ -194,7 +197,7 @@ def test_x_is_read_once_each_way(
     qlora_group_backward_triton(grads, x, xa, members, ALL)
     assert names.count("_down_gradient_kernel") == 1
     assert names.count("_up_gradients_kernel") == 3
-    if tokens == MANY:
+    if tokens == MANY_TOKENS:
         # One scratch with all weights: two stores, each in one launch.
         assert names.count("_dequantize_many_kernel") == 2
     else:

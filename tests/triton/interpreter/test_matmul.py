@@ -13,11 +13,13 @@ import torch.nn.functional as F
 
 from qlora_kernels.backends.device import H200
 from qlora_kernels.backends.launch_config import (
-    FUSED_TOKENS,
+    FEW_TOKENS,
+    Decode,
     MatmulConfig,
     MatmulSizes,
     backward_config,
     choose_path,
+    few_tokens_config,
     forward_config,
 )
 from qlora_kernels.backends.triton.dequantize import dequantize_triton
@@ -26,6 +28,7 @@ from qlora_kernels.backends.triton.quantized_matmul import (
     Down,
     Up,
     backward_launch,
+    few_tokens_launches,
     forward_launches,
     one_token_launch,
     quantized_matmul_backward_input_triton,
@@ -36,16 +39,17 @@ from qlora_kernels.testing.errors import assert_as_accurate, assert_bitwise_equa
 from qlora_kernels.testing.shapes import RAGGED_WEIGHTS
 from tests.problems import DTYPES, SCALES, random_qlora, random_weight
 from tests.triton.checks import (
+    MANY_TOKENS,
     backward,
     check_matmul,
     check_qlora,
     check_repeats,
     forward,
+    many_tokens_are_few,
     qlora_on,
     random_problem,
 )
 
-DENSE_TOKENS = FUSED_TOKENS + 10
 NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -68,19 +72,19 @@ def test_qlora_of_ragged_weights(
         check_qlora(device, p)
 
 
-# tokens, N, K, rank, block size: every token tile, K above and below a tile, scales finer and
-# coarser than one, several tiles of everything.
+# tokens, N, K, rank, block size: every token tile of both kernels, K above and below a tile, scales
+# finer and coarser than one, several tiles of everything.
 FUSED = (
     (1, 40, 1088, 4, 64),
     (1, 17, 64, 70, 32),
     (3, 130, 192, 16, 64),
     (16, 65, 1216, 5, 32),
-    (20, 150, 320, 16, 128),
+    (20, 150, 320, 70, 128),
     (40, 129, 96, 70, 32),
     (70, 140, 256, 8, 4096),
     (300, 130, 128, 16, 64),
     (1, 33, 1040, 4, 16),
-    (5, 40, 80, 4, 16),
+    (20, 40, 80, 4, 16),
 )
 
 
@@ -88,7 +92,9 @@ FUSED = (
 def test_qlora_fused(device: torch.device, sizes: tuple[int, int, int, int, int]) -> None:
     tokens, rows, cols, rank, block_size = sizes
     dtype = NARROW[FUSED.index(sizes) % 2]
-    wanted = "one_token" if tokens == 1 else "fused"
+    wanted = "few_tokens" if tokens <= FEW_TOKENS and block_size >= 32 else "fused"
+    if tokens == 1 and block_size < 32:
+        wanted = "one_token"
     assert choose_path(MatmulSizes(tokens, rows, cols, dtype, block_size)) == wanted
     weight = random_weight(
         (rows, cols), block_size, SCALES[tokens % 2], ("nf4", "fp4", "int4")[rows % 3]
@@ -101,12 +107,41 @@ def test_qlora_fused(device: torch.device, sizes: tuple[int, int, int, int, int]
 
 
 def test_every_tile_of_tokens_is_tested() -> None:
-    tiles = set()
+    few, fused = set(), set()
     for tokens, rows, cols, _, block_size in FUSED:
         sizes = MatmulSizes(tokens, rows, cols, torch.bfloat16, block_size)
-        if tokens > 1:
-            tiles.add(forward_config(sizes, H200).tile_m)
-    assert tiles == {16, 32, 64, 128}
+        path = choose_path(sizes)
+        if path == "few_tokens":
+            config = few_tokens_config(sizes, H200)
+            few.add((config.tile_m, config.tile_n))
+        elif path == "fused":
+            fused.add(forward_config(sizes, H200).tile_m)
+    assert few == {(8, 64), (16, 32), (32, 32)} and fused == {32, 64, 128}
+
+
+@pytest.mark.parametrize("scales", SCALES)
+def test_few_tokens_in_splits(device: torch.device, scales: str) -> None:
+    p = qlora_on(device, 3, random_weight((40, 1088), 64, scales), 6, torch.bfloat16)
+    dense = dequantize_triton(p.weight, p.weight.shape, torch.float32).double()
+    xa = (p.x.double() @ p.lora_a.double().T).to(p.x.dtype)
+    exact = p.x.double() @ dense.T + p.scaling * xa.double() @ p.lora_b.double().T
+    torchs = F.linear(p.x, dense.to(p.x.dtype)) + p.scaling * F.linear(xa, p.lora_b)
+    for splits in (2, 5):
+        config = MatmulConfig(8, 64, 256, splits, 4, 3, "prmt")
+        y = torch.empty(3, 40, dtype=p.x.dtype, device=device)
+        up = Up(p.lora_b, xa, p.scaling)
+        run_all(few_tokens_launches(p.x, p.weight, None, up, y, config))
+        assert_as_accurate(y, exact, torchs)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_tables_that_fp16_does_not_hold(device: torch.device, dtype: torch.dtype) -> None:
+    for scale in (2.0**-30, 2.0**40):
+        weight = random_weight((40, 128), 64)
+        assert weight.absmax is not None
+        table, absmax = weight.codebook * scale, weight.absmax / scale
+        scaled = weight._replace(codebook=table, absmax=absmax)
+        check_matmul(device, random_qlora(4, scaled, 0, dtype))
 
 
 @pytest.mark.parametrize(
@@ -119,13 +154,14 @@ def test_every_tile_of_tokens_is_tested() -> None:
     ],
     ids=str,
 )
+@many_tokens_are_few()
 def test_qlora_dense(
     device: torch.device, shape: tuple[int, int], dropout_p: float, dtype: torch.dtype
 ) -> None:
     # Forward and backward as one GEMM over K + R or N + R, or as the sum of two products.
     weight = random_weight(shape, 32, "nested")
     p = random_qlora(
-        DENSE_TOKENS,
+        MANY_TOKENS,
         weight,
         5,
         dtype,
@@ -140,6 +176,9 @@ def test_qlora_dense(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_splits_share_the_sum(device: torch.device, dtype: torch.dtype, scales: str) -> None:
     # The fused kernels also in fp32, which the choice of paths leaves to torch's GEMM.
+    decodes: dict[int, Decode] = {64: "gather", 128: "gather"}
+    if dtype == torch.bfloat16:
+        decodes[128] = "prmt"
     weight = random_weight((70, 640), 64, scales)
     p = qlora_on(device, 20, weight, 6, dtype, bias_dtype=dtype)
     dense = dequantize_triton(p.weight, weight.shape, torch.float32).to(dtype).double()
@@ -148,8 +187,8 @@ def test_splits_share_the_sum(device: torch.device, dtype: torch.dtype, scales: 
     exact = p.x.double() @ dense.T + p.bias.double()
     exact += p.scaling * xa.double() @ p.lora_b.double().T
     torchs = F.linear(p.x, dense.to(dtype), p.bias) + p.scaling * F.linear(xa, p.lora_b)
-    for splits, tile_k in itertools.product((1, 3, 10), (64, 128)):
-        config = MatmulConfig(32, 64, tile_k, splits, 4, 2)
+    for splits, tile_k in ((1, 64), (3, 128), (10, 64)):
+        config = MatmulConfig(32, 64, tile_k, splits, 4, 2, decodes[tile_k])
         y = torch.empty(20, 70, dtype=dtype, device=device)
         run_all(forward_launches(p.x, p.weight, p.bias, Up(p.lora_b, xa, p.scaling), y, config))
         assert_as_accurate(y, exact, torchs)
@@ -159,7 +198,7 @@ def test_splits_share_the_sum(device: torch.device, dtype: torch.dtype, scales: 
     torchs_x = torchs_base + u @ p.lora_a
     for tile_k in (64, 128):
         grad_x = torch.empty(20, 640, dtype=dtype, device=device)
-        config = MatmulConfig(32, 64, tile_k, 1, 4, 2)
+        config = MatmulConfig(32, 64, tile_k, 1, 4, 2, decodes[tile_k])
         backward_launch(p.grad_y, p.weight, Down(p.lora_a, u, 0.0, None), grad_x, config).run()
         assert_as_accurate(grad_x, exact_x, torchs_x)
         before = grad_x.clone()
@@ -236,9 +275,10 @@ def test_qlora_of_nothing(
     check_qlora(device, p, invariant)
 
 
+@many_tokens_are_few()
 def test_needs_leaves_out_what_is_not_asked_for(device: torch.device) -> None:
     weight = random_weight((33, 128), 32)
-    for tokens in (1, 40, DENSE_TOKENS):
+    for tokens in (1, 40, MANY_TOKENS):
         p = qlora_on(device, tokens, weight, 5, torch.bfloat16, torch.float32)
         xa = forward(p)[1]
         everything = backward(p, xa)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qlora_kernels.backends.triton.kernels.prmt import byte_tables, decode_scaled_words_prmt
 from qlora_kernels.backends.triton.kernels.tiles import (
     decode_scales_tile,
     decode_words_tile,
@@ -34,16 +35,21 @@ def weight_tile(
     scale_codes_ptr,
     scale_absmax_ptr,
     scale_offset,
-    codebook,
+    tables,
     scale_codebook,
     COLS: tl.constexpr,
     EVEN_COLS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SCALE_BLOCK_SIZE: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    DECODE: tl.constexpr,
 ):
-    """Ŵ[offs_row, first_col … first_col + COLS) in fp32; outside it some finite number, which the
+    """Ŵ[offs_row, first_col … first_col + COLS) in DTYPE; outside it some finite number, which the
     caller multiplies by 0 or does not store.
+
+    DECODE "gather": `tables` is the codebook [16], and a value times its scale is rounded once.
+    "prmt", for bf16: they are `byte_tables`, and the table's value is rounded before.
 
     n_cols is a multiple of GROUP = min(BLOCK_SIZE, 64), so that no GROUP straddles rows or blocks,
     and rows begin at words of four bytes, which codes are read in. codes_stride is n_cols / 2, an
@@ -75,7 +81,14 @@ def weight_tile(
         SCALE_BLOCK_SIZE,
         DOUBLE_QUANT,
     )
-    return scale_rows_tile(decode_words_tile(words, codebook), scales, GROUPS)
+    if DECODE == "prmt":
+        ROWS: tl.constexpr = words.shape[0]
+        grouped = words.reshape(ROWS, GROUPS, GROUP // 8)
+        scales = tl.broadcast_to(scales[:, :, None], grouped.shape)
+        values = decode_scaled_words_prmt(grouped, scales, tables)
+        return values.reshape(ROWS, COLS)
+    else:
+        return round_tile(scale_rows_tile(decode_words_tile(words, tables), scales, GROUPS), DTYPE)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -107,6 +120,7 @@ def _fused_forward_kernel(
     TILE_K: tl.constexpr,
     TILE_R: tl.constexpr,
     EVEN_K: tl.constexpr,
+    DECODE: tl.constexpr,
 ):
     """y [M,N] = x Ŵᵀ + scaling·xa Bᵀ + bias.
 
@@ -142,7 +156,10 @@ def _fused_forward_kernel(
             acc = acc * scaling
 
     scale_offset, scale_codebook = scale_tables(scale_offset_ptr, scale_codebook_ptr, DOUBLE_QUANT)
-    codebook = tl.load(codebook_ptr + tl.arange(0, 16))
+    if DECODE == "prmt":
+        tables = byte_tables(codebook_ptr, 1.0, DTYPE, (1, 1, 1))
+    else:
+        tables = tl.load(codebook_ptr + tl.arange(0, 16))
     offs_k = tl.arange(0, TILE_K)
     x_ptrs = x_ptr + row_m[:, None] * K + offs_k[None, :]
     first = split * tiles_per_split
@@ -160,19 +177,21 @@ def _fused_forward_kernel(
             scale_codes_ptr,
             scale_absmax_ptr,
             scale_offset,
-            codebook,
+            tables,
             scale_codebook,
             TILE_K,
             EVEN_K,
             BLOCK_SIZE,
             SCALE_BLOCK_SIZE,
             DOUBLE_QUANT,
+            DTYPE,
+            DECODE,
         )
         mask_x = mask_m[:, None]
         if not EVEN_K:
             mask_x = mask_x & (offs_k < K - k)[None, :]
         x = tl.load(x_ptrs + k, mask=mask_x, other=0.0)
-        acc = dot_tile(round_tile(weight, DTYPE), x.T, acc)
+        acc = dot_tile(weight, x.T, acc)
 
     if bias_ptr is not None:
         acc += widen_tile(tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0))[:, None]

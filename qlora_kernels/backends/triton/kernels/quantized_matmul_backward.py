@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from qlora_kernels.backends.triton.kernels.dropout import dropout_tile
+from qlora_kernels.backends.triton.kernels.prmt import byte_tables
 from qlora_kernels.backends.triton.kernels.quantized_matmul import weight_tile
 from qlora_kernels.backends.triton.kernels.tiles import (
     dot_tile,
@@ -46,6 +47,7 @@ def _fused_backward_kernel(
     TILE_R: tl.constexpr,
     EVEN_K: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    DECODE: tl.constexpr,
 ):
     """grad_x [M,K]; ACCUMULATE adds to what is there (projections that share x)."""
     first_k = tl.program_id(0) * TILE_K
@@ -77,7 +79,10 @@ def _fused_backward_kernel(
             ).T
 
     scale_offset, scale_codebook = scale_tables(scale_offset_ptr, scale_codebook_ptr, DOUBLE_QUANT)
-    codebook = tl.load(codebook_ptr + tl.arange(0, 16))
+    if DECODE == "prmt":
+        tables = byte_tables(codebook_ptr, 1.0, DTYPE, (1, 1, 1))
+    else:
+        tables = tl.load(codebook_ptr + tl.arange(0, 16))
     offs_n = tl.arange(0, TILE_N)
     grad_ptrs = grad_y_ptr + row_m[:, None] * N + offs_n[None, :]
     for n in range(0, N, TILE_N):
@@ -92,16 +97,18 @@ def _fused_backward_kernel(
             scale_codes_ptr,
             scale_absmax_ptr,
             scale_offset,
-            codebook,
+            tables,
             scale_codebook,
             TILE_K,
             EVEN_K,
             BLOCK_SIZE,
             SCALE_BLOCK_SIZE,
             DOUBLE_QUANT,
+            DTYPE,
+            DECODE,
         )
         grad_y = tl.load(grad_ptrs + n, mask=mask_m[:, None] & (offs_n < N - n)[None, :], other=0.0)
-        acc = dot_tile(round_tile(weight, DTYPE).T, grad_y.T, acc)
+        acc = dot_tile(weight.T, grad_y.T, acc)
 
     grad_x_ptrs = grad_x_ptr + row_m[:, None] * K + offs_k[None, :]
     mask = mask_m[:, None] & mask_k[None, :]

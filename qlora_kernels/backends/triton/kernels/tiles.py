@@ -58,19 +58,25 @@ def decode_pairs_tile(packed, codebook):
 
 
 @triton.jit
-def decode_words_tile(words, codebook):
-    """int32 words [ROWS, W] of four bytes to fp32 values [ROWS, 8W].
+def codes_of_words(words):
+    """int32 words [..., W] of four bytes to codes [..., W, 2, 2, 2] in the elements' order.
 
-    From a word, shift and mask give a table's offset at once; a byte has to be extracted first. One
-    lookup for all: each puts the table into shared memory and waits for it.
+    From a word, shift and mask give a table's offset at once; a byte has to be extracted first.
     """
-    ROWS: tl.constexpr = words.shape[0]
-    COLS: tl.constexpr = 8 * words.shape[1]
     # Little-endian: the first byte is the lowest, its high nibble the first element. The last axis
     # of a join picks within a pair, the one before it the pair.
     even = tl.join(tl.join(words >> 4, words >> 20), tl.join(words >> 12, words >> 28))
     odd = tl.join(tl.join(words, words >> 16), tl.join(words >> 8, words >> 24))
-    return lookup_tile(codebook, tl.join(even, odd) & 15).reshape(ROWS, COLS)
+    return tl.join(even, odd) & 15
+
+
+@triton.jit
+def decode_words_tile(words, codebook):
+    """int32 words [ROWS, W] of four bytes to fp32 values [ROWS, 8W]. One lookup for all: each puts
+    the table into shared memory and waits for it."""
+    ROWS: tl.constexpr = words.shape[0]
+    COLS: tl.constexpr = 8 * words.shape[1]
+    return lookup_tile(codebook, codes_of_words(words)).reshape(ROWS, COLS)
 
 
 @triton.jit
