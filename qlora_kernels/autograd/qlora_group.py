@@ -9,6 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from qlora_kernels.autograd.common import bias_gradient, rows_of, shaped_like
+from qlora_kernels.backends.kept import run_backward, run_forward
 from qlora_kernels.formats.operands import WeightOperands
 from qlora_kernels.ops.checks import autocast_input, check_adapter, check_parameter, check_x
 from qlora_kernels.ops.dropout import draw_seed
@@ -52,7 +53,7 @@ def _members(all_numbers: Sequence[_Numbers], tensors: Sequence[Any]) -> list[Gr
 
 class QLoRAGroupFunction(torch.autograd.Function):
     """Every y [M,N] of x [M,K]. Saved for backward: x and xa [M, sum of R], each once, beside the
-    parameters.
+    parameters, and the members' Ŵ where that was requested (backends/kept.py).
 
     `places` says which of `tensors` is the next one of the members: torch.compile wants each tensor
     once. `release`: see `qlora_group_of`.
@@ -69,8 +70,10 @@ class QLoRAGroupFunction(torch.autograd.Function):
         *tensors: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         members = _members(numbers, [tensors[place] for place in places])
-        *ys, xa = _forward(x, *member_fields(members), batch_invariant)
-        ctx.save_for_backward(x, xa, *tensors)
+        (*ys, xa), dense = run_forward(
+            _forward, ctx.needs_input_grad[0], x, *member_fields(members), batch_invariant
+        )
+        ctx.save_for_backward(x, xa, dense, *tensors)
         ctx.numbers, ctx.places, ctx.release = numbers, places, release
         ctx.set_materialize_grads(False)
         return tuple(ys)
@@ -80,7 +83,7 @@ class QLoRAGroupFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_ys: torch.Tensor | None) -> tuple[Any, ...]:
         if ctx.release is not None and (forget := ctx.release()) is not None:
             forget()
-        x, xa, *tensors = ctx.saved_tensors
+        x, xa, dense, *tensors = ctx.saved_tensors
         places, count = ctx.places, len(ctx.numbers)
         members = _members(ctx.numbers, [tensors[place] for place in places])
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
@@ -93,7 +96,8 @@ class QLoRAGroupFunction(torch.autograd.Function):
         grad_x = None
         flags = [needs_x, *(needs[at] for at in (*at_a, *at_b))]
         if any(flags):
-            results = _backward(x, list(grad_ys), xa, *member_fields(members), flags)
+            arguments = (x, list(grad_ys), xa, *member_fields(members), flags)
+            results = run_backward(_backward, dense, *arguments)
             grad_x = results[0] if needs_x else None
             for at, needed, grad in zip((*at_a, *at_b), flags[1:], results[1:], strict=True):
                 if needed:

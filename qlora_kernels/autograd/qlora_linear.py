@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from qlora_kernels.autograd.common import bias_gradient, rows_of, shaped_like
 from qlora_kernels.autograd.quantized_matmul import restore_saved, save_weight
 from qlora_kernels.autograd.stored_linear import StoredQLoRALinearFunction
+from qlora_kernels.backends.kept import run_backward, run_forward
 from qlora_kernels.formats.operands import StoredOperands, WeightOperands
 from qlora_kernels.formats.quantized_weight import QuantizedWeight
 from qlora_kernels.ops.checks import (
@@ -22,15 +23,17 @@ from qlora_kernels.ops.checks import (
     weight_operands,
 )
 from qlora_kernels.ops.dropout import draw_seed
+from qlora_kernels.ops.inference import held_operands, run_inference
 from qlora_kernels.ops.library import runs_eagerly
-from qlora_kernels.ops.qlora_linear import run_qlora_linear
+from qlora_kernels.ops.qlora_linear import run_qlora_linear, run_qlora_linear_backward
 
 _forward = torch.ops.qlora_kernels.qlora_linear.default
 _backward = torch.ops.qlora_kernels.qlora_linear_backward.default
 
 
 class QLoRALinearFunction(torch.autograd.Function):
-    """y [M,N]. Saved for backward: x [M,K] and xa [M,R], beside the parameters.
+    """y [M,N]. Saved for backward: x [M,K] and xa [M,R], beside the parameters, and Ŵ where that
+    was requested (backends/kept.py).
 
     The dropout mask is a function of the seed, so backward makes it anew.
     """
@@ -48,10 +51,12 @@ class QLoRALinearFunction(torch.autograd.Function):
         batch_invariant: bool,
         *weight: Any,
     ) -> torch.Tensor:
-        y, xa = _forward(
-            x, *weight, lora_a, lora_b, scaling, bias, dropout_p, seed, batch_invariant
+        forward = run_qlora_linear if runs_eagerly(x) else _forward
+        numbers = (scaling, bias, dropout_p, seed, batch_invariant)
+        (y, xa), dense = run_forward(
+            forward, ctx.needs_input_grad[0], x, *weight, lora_a, lora_b, *numbers
         )
-        save_weight(ctx, weight, x, xa, lora_a, lora_b, seed)
+        save_weight(ctx, weight, x, xa, lora_a, lora_b, seed, dense)
         ctx.scaling, ctx.dropout_p = scaling, dropout_p
         ctx.bias_dtype = None if bias is None else bias.dtype
         result: torch.Tensor = y
@@ -60,11 +65,14 @@ class QLoRALinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
-        weight, (x, xa, lora_a, lora_b, seed) = restore_saved(ctx)
+        weight, (x, xa, lora_a, lora_b, seed, dense) = restore_saved(ctx)
         needs = ctx.needs_input_grad[:3]
         grad_x = grad_a = grad_b = grad_bias = None
         if any(needs):
-            grads = _backward(
+            backward = run_qlora_linear_backward if runs_eagerly(grad_y) else _backward
+            grads = run_backward(
+                backward,
+                dense,
                 grad_y,
                 x,
                 xa,
@@ -122,6 +130,11 @@ def qlora_linear(
     operands = weight_operands(op, qw)
     dropout_p = check_probability(op, "dropout_p", dropout_p) if training else 0.0
     scaling = check_finite(op, "scaling", scaling)
+    held = held_operands(qw)
+    if held is not None and dropout_p == 0.0 and not batch_invariant:
+        y = run_inference(x, held, bias, lora_a, lora_b, scaling)
+        if y is not None:
+            return y
     return qlora_linear_of(x, operands, lora_a, lora_b, scaling, bias, dropout_p, batch_invariant)
 
 

@@ -9,11 +9,16 @@ from torch.autograd.function import once_differentiable
 
 from qlora_kernels.autograd.common import bias_gradient, rows_of, shaped_like
 from qlora_kernels.autograd.stored_linear import StoredMatmulFunction
+from qlora_kernels.backends.kept import run_backward, run_forward
 from qlora_kernels.formats.operands import StoredOperands, WeightOperands
 from qlora_kernels.formats.quantized_weight import QuantizedWeight
 from qlora_kernels.ops.checks import autocast_input, check_parameter, check_x, weight_operands
+from qlora_kernels.ops.inference import held_operands, run_inference
 from qlora_kernels.ops.library import runs_eagerly
-from qlora_kernels.ops.quantized_matmul import run_quantized_matmul
+from qlora_kernels.ops.quantized_matmul import (
+    run_quantized_matmul,
+    run_quantized_matmul_backward_input,
+)
 
 # The overloads themselves: finding them by name on every call takes microseconds.
 _forward = torch.ops.qlora_kernels.quantized_matmul.default
@@ -21,7 +26,8 @@ _backward = torch.ops.qlora_kernels.quantized_matmul_backward_input.default
 
 
 class QuantizedMatmulFunction(torch.autograd.Function):
-    """y [M,N] = x [M,K] Ŵᵀ + bias [N]. Saved for backward: the weight's own tensors."""
+    """y [M,N] = x [M,K] Ŵᵀ + bias [N]. Saved for backward: the weight's own tensors, and Ŵ where
+    that was requested (backends/kept.py)."""
 
     # Not split into forward and setup_context: torch then binds the arguments by signature on
     # every call, which takes longer than everything else here.
@@ -29,9 +35,11 @@ class QuantizedMatmulFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, batch_invariant: bool, *weight: Any
     ) -> torch.Tensor:
-        save_weight(ctx, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        y: torch.Tensor = _forward(x, *weight, bias, batch_invariant)
+        forward = run_quantized_matmul if runs_eagerly(x) else _forward
+        y: torch.Tensor
+        y, dense = run_forward(forward, ctx.needs_input_grad[0], x, *weight, bias, batch_invariant)
+        save_weight(ctx, weight, dense)
         return y
 
     @staticmethod
@@ -39,8 +47,9 @@ class QuantizedMatmulFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            weight, _ = restore_saved(ctx)
-            grad_x = _backward(grad_y, *weight)
+            weight, (dense,) = restore_saved(ctx)
+            backward = run_quantized_matmul_backward_input if runs_eagerly(grad_y) else _backward
+            grad_x = run_backward(backward, dense, grad_y, *weight)
         if ctx.needs_input_grad[1]:
             grad_bias = bias_gradient(grad_y, ctx.bias_dtype)
         return grad_x, grad_bias, None, *[None] * len(WeightOperands._fields)
@@ -86,6 +95,11 @@ def quantized_linear(
         ArgumentError: shapes or devices that do not fit.
         BackendError: a forced backend that cannot run the problem.
     """
+    held = held_operands(qw)
+    if held is not None and not batch_invariant:
+        y = run_inference(x, held, bias)
+        if y is not None:
+            return y
     return quantized_linear_of(x, weight_operands("quantized_linear", qw), bias, batch_invariant)
 
 

@@ -6,6 +6,7 @@ whatever calls those ops (Linear4bit, Params4bit, PEFT's merge) then runs on the
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +18,25 @@ from qlora_kernels.formats.bitsandbytes import from_state_dict
 from qlora_kernels.formats.dynamic8 import SCALE_BLOCK_SIZE
 from qlora_kernels.formats.quantized_weight import QuantizedWeight, WeightOperands
 from qlora_kernels.formats.registry import get_format
+from qlora_kernels.integrations.blockwise import (
+    dequantize_blockwise,
+    dequantize_blockwise_out,
+    quantize_blockwise,
+)
 from qlora_kernels.integrations.optional import require
 from qlora_kernels.ops import quantize
+from qlora_kernels.ops.library import nothing_traces
 
 _NAMESPACE = "bitsandbytes"
 _DISPATCH_KEYS = ("CPU", "CUDA")
 _MODULES = "bitsandbytes.nn.modules"
 _REPACK = "_convert_weight_packed_for_cpu"
+# Where a Linear4bit keeps the operands of its weight.
+HELD_OPERANDS = "_qlk_operands"
 # Ops of the same family that stay bitsandbytes' own.
 _LEFT = {
-    "quantize_blockwise": "8 bits: bitsandbytes' kernel is fast, its codes the nearest or next to",
-    "dequantize_blockwise": "8 bits: bitsandbytes' kernel is fast and exact",
+    "quantize_blockwise on CUDA": "8 bits: no kernel of this library",
+    "dequantize_blockwise on CUDA": "8 bits: no kernel of this library",
 }
 
 
@@ -61,7 +70,8 @@ _patch = _Patch()
 
 
 def patch_bitsandbytes() -> PatchReport:
-    """Run bitsandbytes' 4-bit ops on this library's kernels, in this process.
+    """Run bitsandbytes' 4-bit ops, and on CPUs its 8-bit blockwise ones, on this library's kernels,
+    in this process. (On CPUs its 8-bit optimizers are made of these, on GPUs they have their own.)
 
     Also stops Linear4bit from repacking its weight in eval mode on CPUs with AVX512-BF16: that
     layout rounds the scales to bf16, cannot hold every shape, and is not needed here.
@@ -85,7 +95,7 @@ def patch_bitsandbytes() -> PatchReport:
             # An override is what is wanted; torch warns about the first one.
             warnings.filterwarnings("ignore", message=".*other operators may also be overridden")
             for name in names:
-                for key in _DISPATCH_KEYS:
+                for key in _DISPATCH_KEYS[: 1 if name in _CPU_ONLY else None]:
                     library.impl(name, _KERNELS[name], key, allow_override=True)
         _patch.library = library
         modules = require(_MODULES, "patch_bitsandbytes")
@@ -120,6 +130,34 @@ def _keep_canonical(weight: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any
     return weight, state
 
 
+def layer_operands(layer: Any) -> WeightOperands:
+    """The operands of a Linear4bit's weight, which the layer keeps while its tensors are the same
+    ones: a look at the weight, a subclass that overrides torch functions, takes microseconds."""
+    weight = layer._parameters["weight"]
+    state = weight.quant_state
+    if not nothing_traces():
+        return operands_of(weight, state)
+    with torch._C.DisableTorchFunctionSubclass():
+        address = weight.data_ptr()
+    second = state.state2
+    nested = (None, None) if second is None else (second.absmax, second.code)
+    tensors = (state.absmax, state.code, state.offset, *nested)
+    held = layer.__dict__.get(HELD_OPERANDS)
+    if (
+        held is not None
+        and held[0] is weight
+        and held[1] == address
+        and all(map(operator.is_, held[2], tensors))
+    ):
+        kept: WeightOperands = held[3]
+        return kept
+    operands = operands_of(weight, state)
+    # A widened copy would not see what is written to the original.
+    if all(t is None or t.dtype in (torch.uint8, torch.float32) for t in tensors):
+        layer.__dict__[HELD_OPERANDS] = (weight, address, tensors, operands)
+    return operands
+
+
 def operands_of(weight: torch.Tensor, state: Any) -> WeightOperands:
     """The operands of a bitsandbytes weight and its QuantState; nothing is copied.
 
@@ -127,7 +165,6 @@ def operands_of(weight: torch.Tensor, state: Any) -> WeightOperands:
         weight: the packed bytes in any storage dtype.
         state: a QuantState; absmax and offset in half precision are widened.
     """
-    # Called on every forward: what is as it should be costs no call into torch.
     codes, absmax, table = _codes(weight), state.absmax, _fp32(state.code)
     shape, block_size = tuple(state.shape), state.blocksize
     if not state.nested:
@@ -290,4 +327,8 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "gemm_4bit": _gemm_4bit,
     "gemv_4bit": _gemv_4bit,
     "gemv_4bit.out": _writing(_gemv_4bit),
+    "quantize_blockwise": quantize_blockwise,
+    "dequantize_blockwise": dequantize_blockwise,
+    "dequantize_blockwise.out": dequantize_blockwise_out,
 }
+_CPU_ONLY = ("quantize_blockwise", "dequantize_blockwise", "dequantize_blockwise.out")

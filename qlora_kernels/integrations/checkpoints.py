@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from qlora_kernels.formats.format import Format
 from qlora_kernels.formats.quantized_weight import QuantizedWeight, is_table_of, values_of
 from qlora_kernels.integrations.convert_experts import FIELDS, Names, Stack
 from qlora_kernels.integrations.loading import is_transposed
+from qlora_kernels.integrations.peft import some
 from qlora_kernels.nn import QuantizedEmbedding, QuantizedExperts, StoredWeight
 
 KINDS = ("dense", "qlora_kernels", "bitsandbytes")
@@ -28,14 +30,21 @@ class Layer:
     """A layer whose weight is, or is to be, quantized.
 
     Attributes:
+        name: of the model's module.
         shape: (N, K).
         transposed: a dense checkpoint has it as [K, N].
         is_embedding: its weight is a table.
     """
 
+    name: str
     shape: tuple[int, ...]
     transposed: bool
     is_embedding: bool
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The weight's shape in a dense checkpoint."""
+        return self.shape[::-1] if self.transposed else self.shape
 
 
 @dataclass
@@ -116,12 +125,14 @@ class Skeleton:
         stacks: the experts' projections it quantizes, by name.
         names: how names in files and in the model relate.
         prefix: name of the model's body, which a checkpoint of the body alone leaves out.
+        config: the quantizer's configuration, completed.
     """
 
     layers: dict[str, Layer]
     stacks: dict[str, Stack]
     names: Names
     prefix: str
+    config: Any
 
 
 def skeleton_of(checkpoint: Checkpoint, config: Any) -> Skeleton:
@@ -150,19 +161,27 @@ def skeleton_of(checkpoint: Checkpoint, config: Any) -> Skeleton:
     names = Names(model)
     quantizer = QLoRAKernelsQuantizer(config, pre_quantized=checkpoint.kind != "dense")
     quantizer.preprocess_model(model, dtype=model.dtype)
+    # What a checkpoint may lack: it is another tensor, or the class says so.
+    optional = [rf"^{re.escape(key)}$" for key in model.all_tied_weights_keys]
+    optional += model._keys_to_ignore_on_load_missing or ()
     layers, stacks = {}, {}
     for layer_name, module in model.named_modules():
         if isinstance(module, QuantizedExperts):
             for projection, like in module.projections.items():
                 full = f"{layer_name}.{projection}"
-                stacks[full] = Stack(full, (module.num_experts, *like.shape))
-        elif isinstance(module, StoredWeight):
+                shape = (module.num_experts, *like.shape)
+                stacks[full] = Stack(full, shape, module.source_is_transposed)
+        elif isinstance(module, StoredWeight) and not any(
+            re.search(pattern, f"{layer_name}.weight") for pattern in optional
+        ):
             layers[layer_name] = Layer(
+                layer_name,
                 module.weight_shape,
                 layer_name in transposed,
                 isinstance(module, QuantizedEmbedding),
             )
-    return Skeleton(layers, stacks, names, model.base_model_prefix)
+    prefix = model.base_model_prefix
+    return Skeleton(layers, stacks, names, prefix, quantizer.quantization_config)
 
 
 def groups(
@@ -170,7 +189,6 @@ def groups(
 ) -> list[tuple[str, Layer | Stack | None, list[str]]]:
     """(name, layer, stack or None, tensor names) for each weight that is converted as one, in the
     order of names: a stack's is the model's, others are the files'."""
-    layers, prefix = skeleton.layers, skeleton.prefix
     suffixes = FIELDS if checkpoint.kind == "qlora_kernels" else ("",)
     in_stack = {
         f"{name}{end}": stack for name, stack in skeleton.stacks.items() for end in suffixes
@@ -182,16 +200,63 @@ def groups(
             taken.setdefault(stack.name, (stack, []))[1].append(name)
             continue
         module, owner = name, None
-        while "." in module:
-            module = module.rpartition(".")[0]
-            layer = layers.get(module) or layers.get(f"{prefix}.{module}")
-            rest = name[len(module) + 1 :]
-            if layer is not None and rest.split(".")[0].split("_")[0] == "weight":
-                owner = layer
-                break
-        key = f"{module}.weight" if owner is not None else name
+        while "." in module and owner is None:
+            module, _, end = module.rpartition(".")
+            if end.split("_")[0] == "weight":
+                place = skeleton.names.in_model(f"{module}.weight")[0]
+                owner = skeleton.layers.get(place.removesuffix(".weight"))
+        key = name if owner is None else f"{module}.weight"
         taken.setdefault(key, (owner, []))[1].append(name)
     return [(key, *taken[key]) for key in sorted(taken)]
+
+
+def check_contents(
+    checkpoint: Checkpoint, skeleton: Skeleton, found: list[tuple[str, Layer | Stack | None, Any]]
+) -> None:
+    """Whether a checkpoint has all that the quantizer is to read, in the sizes it should have.
+
+    Args:
+        found: the weights, as `groups` gives them.
+
+    Raises:
+        CheckpointError: a tensor that no file has, or of another size.
+    """
+    owners = {owner.name for _, owner, _ in found if owner is not None}
+    lost = [name for name in (*skeleton.layers, *skeleton.stacks) if name not in owners]
+    fmt = skeleton.config.storage
+    for key, owner, names in found:
+        if isinstance(owner, Layer) and checkpoint.kind == "dense":
+            _check_shape(checkpoint, names[0], owner.stored_shape)
+        elif owner is not None and checkpoint.kind == "qlora_kernels":
+            # A stack's are by the model's names, a layer's by those of the files.
+            is_stack, experts = isinstance(owner, Stack), torch.Size(owner.shape[:-2]).numel()
+            held = {skeleton.names.in_model(n)[0] if is_stack else n: n for n in names}
+            for field, (count, _) in fmt.tensor_sizes(owner.shape[-2:]).items():
+                name = key if field == "codes" else f"{key}_{field}"
+                if name in held:
+                    _check_size(checkpoint, held[name], count * experts, owner.shape, fmt)
+                else:
+                    lost.append(name)
+    if lost:
+        raise CheckpointError(f"convert: {checkpoint.folder} lacks {some(lost)}")
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    got = checkpoint.shape(name)[0]
+    if got != shape:
+        file = checkpoint.files[name]
+        raise CheckpointError(f"convert: {file} has {name} as {got}, its config {shape}")
+
+
+def _check_size(
+    checkpoint: Checkpoint, name: str, wanted: int, shape: tuple[int, ...], fmt: Format
+) -> None:
+    got = torch.Size(checkpoint.shape(name)[0]).numel()
+    if got != wanted:
+        raise CheckpointError(
+            f"convert: {checkpoint.files[name]} has {got} elements of {name}, and its config asks "
+            f"for {wanted} ({fmt.name}, block size {fmt.block_size}, weight {shape})"
+        )
 
 
 def read_weight(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from typing import Any
 
 import torch
 
-from qlora_kernels.errors import ArgumentError, ArgumentTypeError, QLKError
+from qlora_kernels.errors import ArgumentError, ArgumentTypeError, QLKError, argument_error
 from qlora_kernels.formats import list_formats
 from qlora_kernels.integrations.optional import require
 
@@ -78,7 +79,7 @@ def main(arguments: argparse.Namespace) -> int:
             skip=arguments.skip,
             dtype=DTYPES[arguments.dtype],
             adapter=arguments.adapter,
-            shard_bytes=int(arguments.shard_size * 2**30),
+            shard_bytes=_bytes_of(arguments.shard_size),
             progress=not arguments.quiet,
         )
     except KeyboardInterrupt:
@@ -89,6 +90,12 @@ def main(arguments: argparse.Namespace) -> int:
         return _fail(str(error), 1)
     sys.stdout.write(f"{path}\n")
     return 0
+
+
+def _bytes_of(shard_size: float) -> int:
+    if not 0 < shard_size < math.inf:
+        raise argument_error("convert", "--shard-size", "a number above 0", shard_size)
+    return math.ceil(shard_size * 2**30)
 
 
 def _fail(message: str, code: int) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from qlora_kernels.errors import CheckpointError, argument_error
-from qlora_kernels.files import save_tensors, write_text
+from qlora_kernels.errors import ArgumentError, CheckpointError, argument_error
+from qlora_kernels.files import save_tensors, sync_folder, write_text
 from qlora_kernels.formats.bitsandbytes import to_state_dict
 from qlora_kernels.formats.quantized_weight import QuantizedWeight
 from qlora_kernels.integrations.checkpoints import (
@@ -26,12 +27,14 @@ from qlora_kernels.integrations.checkpoints import (
     KINDS,
     Checkpoint,
     Layer,
+    check_contents,
     groups,
     natural_linear,
     read_checkpoint,
     read_weight,
     skeleton_of,
 )
+from qlora_kernels.integrations.contents import bitsandbytes_block_size
 from qlora_kernels.integrations.convert_experts import Stack, dequantize_stack, quantize_stack
 from qlora_kernels.integrations.loading import parameters_of
 from qlora_kernels.integrations.optional import require
@@ -88,7 +91,9 @@ def convert_checkpoint(
     target = Path(destination)
     if to not in KINDS:
         raise argument_error("convert", "--to", f"one of {KINDS}", repr(to))
-    if target.exists():
+    if shard_bytes <= 0:
+        raise argument_error("convert", "--shard-size", "above 0", shard_bytes)
+    if target.exists() and not (target / SETTINGS).exists():
         raise argument_error("convert", "DST", "a folder that does not exist", str(target))
     if adapter is not None and to != "dense":
         raise argument_error("convert", "--adapter", "left out unless --to dense", str(adapter))
@@ -105,7 +110,8 @@ def convert_checkpoint(
     elif format is not None or block_size is not None or double_quant is not None or tuple(skip):
         raise argument_error("convert", "--format and its like", "for a dense SRC", checkpoint.kind)
     elif checkpoint.kind == "bitsandbytes":
-        config = QLoRAKernelsConfig.from_bitsandbytes(stored)
+        size = bitsandbytes_block_size(sorted(set(checkpoint.files.values())))
+        config = QLoRAKernelsConfig.from_bitsandbytes(stored, size)
     else:
         config = QLoRAKernelsConfig(**stored)
     if to == "bitsandbytes":  # refused here if its files cannot hold the format
@@ -114,13 +120,19 @@ def convert_checkpoint(
     settings = {
         "source": str(Path(source).resolve()),
         "to": to,
-        "config": config.fields(),
+        "config": job.config.fields(),
         "dtype": str(dtype),
         "adapter": None if adapter is None else str(Path(adapter).resolve()),
         "shard_bytes": shard_bytes,
     }
+    if target.exists():  # killed between the last two steps
+        if _read_settings(target) != settings:
+            raise argument_error("convert", "DST", "a folder that does not exist", str(target))
+        (target / SETTINGS).unlink()
+        return target
     partial = target.with_name(target.name + ".partial")
-    _resume_or_start(partial, settings)
+    with _writing(partial):
+        _resume_or_start(partial, settings)
     plan = _shards(list(job.sizes()), shard_bytes)
     index: dict[str, str] = {}
     total = 0
@@ -134,21 +146,38 @@ def convert_checkpoint(
                 for item in shard:
                     tensors.update(job.convert(*item))
                     bar.update()
-                save_tensors(path, tensors, {"format": "pt"})
+                with _writing(path):
+                    save_tensors(path, tensors, {"format": "pt"})
             else:
                 bar.update(len(shard))
             for key, size in _contents(path):
                 index[key] = name
                 total += size
     job.check()
-    if len(plan) > 1:
-        body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
-        write_text(partial / INDEX, json.dumps(body, indent=2) + "\n")
-    _copy_others(checkpoint.folder, partial)
-    write_text(partial / CONFIG, json.dumps(job.result_config(), indent=2) + "\n")
-    (partial / SETTINGS).unlink()
-    partial.rename(target)
+    with _writing(partial):
+        if len(plan) > 1:
+            body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+            write_text(partial / INDEX, json.dumps(body, indent=2) + "\n")
+        _copy_others(checkpoint.folder, partial)
+        write_text(partial / CONFIG, json.dumps(job.result_config(), indent=2) + "\n")
+        partial.rename(target)
+        (target / SETTINGS).unlink()
+        sync_folder(target.parent)
     return target
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Names the file where writing fails.
+
+    Raises:
+        CheckpointError: a full disk, no permission.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        raise CheckpointError(f"convert: {where} cannot be written: {error.strerror}") from error
 
 
 class _Job:
@@ -157,8 +186,9 @@ class _Job:
     def __init__(
         self, checkpoint: Checkpoint, config: Any, to: str, dtype: torch.dtype, adapter: Any
     ) -> None:
-        self.checkpoint, self.config, self.to, self.dtype = checkpoint, config, to, dtype
+        self.checkpoint, self.to, self.dtype = checkpoint, to, dtype
         self.skeleton = skeleton_of(checkpoint, config)
+        self.config = self.skeleton.config
         self.prefix = self.skeleton.prefix
         if checkpoint.kind == to == "dense":  # its experts stay as they are
             self.skeleton = replace(self.skeleton, stacks={})
@@ -167,13 +197,19 @@ class _Job:
             raise argument_error(
                 "convert", "SRC", "without quantized experts (bitsandbytes has none)", first
             )
-        self.weight_dtype = getattr(torch, config.weight_dtype)
+        self.weight_dtype = getattr(torch, self.config.weight_dtype)
         self.adapter, self.merged = adapter, set[str]()
 
     def sizes(self) -> Any:
-        """(name, layer, tensor names, bytes of the result), one by one."""
+        """(name, layer, tensor names, bytes of the result), one by one.
+
+        Raises:
+            CheckpointError: a weight that SRC lacks, or has in another size.
+        """
         fmt = self.config.storage
-        for key, layer, names in groups(self.checkpoint, self.skeleton):
+        found = groups(self.checkpoint, self.skeleton)
+        check_contents(self.checkpoint, self.skeleton, found)
+        for key, layer, names in found:
             if layer is None or self.to == "dense":
                 shape, width = self.checkpoint.shape(names[0])
                 numel = torch.Size(shape if layer is None else layer.shape).numel()
@@ -187,9 +223,22 @@ class _Job:
     def convert(
         self, key: str, layer: Layer | Stack | None, names: list[str]
     ) -> dict[str, torch.Tensor]:
-        """The tensors of one weight, or of one stack of experts, in the result."""
-        if isinstance(layer, Stack):
-            return self._convert_stack(layer, names)
+        """The tensors of one weight, or of one stack of experts, in the result.
+
+        Raises:
+            CheckpointError: values that cannot be quantized, or tensors that do not fit together.
+        """
+        try:
+            if isinstance(layer, Stack):
+                return self._convert_stack(layer, names)
+            return self._convert_weight(key, layer, names)
+        except ArgumentError as error:
+            file = self.checkpoint.files[names[0]]
+            raise CheckpointError(f"convert: {key} in {file}: {error}") from error
+
+    def _convert_weight(
+        self, key: str, layer: Layer | None, names: list[str]
+    ) -> dict[str, torch.Tensor]:
         if layer is None:
             tensor = self.checkpoint.tensor(names[0])
             module = key.removesuffix(".weight")
@@ -282,16 +331,27 @@ def _shards(items: list[Any], shard_bytes: int) -> list[list[Any]]:
     return shards
 
 
-def _resume_or_start(partial: Path, settings: dict[str, Any]) -> None:
-    marker = partial / SETTINGS
-    if not partial.exists():
-        partial.mkdir(parents=True)
-        write_text(marker, json.dumps(settings, indent=2) + "\n")
-        return
+def _read_settings(folder: Path) -> Any:
+    """What a conversion noted in its folder.
+
+    Raises:
+        CheckpointError: nothing that can be read.
+    """
     try:
-        before = json.loads(marker.read_text(encoding="utf-8"))
+        return json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"convert: {partial} is not a conversion to go on with") from error
+        raise CheckpointError(f"convert: {folder} is not a conversion to go on with") from error
+
+
+def _resume_or_start(partial: Path, settings: dict[str, Any]) -> None:
+    """Make the folder to write to, or see that it was begun with these settings."""
+    partial.mkdir(parents=True, exist_ok=True)
+    for unfinished in partial.glob(".*.tmp"):  # of a write that was killed
+        unfinished.unlink()
+    if not any(partial.iterdir()):
+        write_text(partial / SETTINGS, json.dumps(settings, indent=2) + "\n")
+        return
+    before = _read_settings(partial)
     if before != settings:
         changed = sorted(key for key in settings if before.get(key) != settings[key])
         raise CheckpointError(
@@ -314,5 +374,9 @@ def _copy_others(source: Path, target: Path) -> None:
     """Tokenizer, generation settings and so on."""
     weights = (".safetensors", ".bin", ".pt", ".pth")
     for path in source.iterdir():
-        if path.is_file() and path.suffix not in weights and path.name not in (CONFIG, INDEX):
+        if (
+            path.is_file()
+            and path.suffix not in weights
+            and path.name not in (CONFIG, INDEX, SETTINGS)
+        ):
             shutil.copyfile(path, target / path.name)

@@ -40,10 +40,15 @@ class Stack:
     Attributes:
         name: of the model's parameter, as `model.layers.0.mlp.experts.down_proj`.
         shape: (experts, N, K).
+        transposed: a dense checkpoint has the matrices as [K, N].
     """
 
-    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
-        self.name, self.shape = name, shape
+    def __init__(self, name: str, shape: tuple[int, ...], transposed: bool) -> None:
+        self.name, self.shape, self.transposed = name, shape, transposed
+
+    def turned(self, dense: torch.Tensor) -> torch.Tensor:
+        """A dense stack from the layout of files to [experts, N, K], or back."""
+        return dense.transpose(1, 2).contiguous() if self.transposed else dense
 
 
 class Names:
@@ -91,11 +96,11 @@ class Names:
                 converter.add_tensor(place, name, pattern, read(name))
             found = converter.convert(stack.name, config=self._config)[stack.name]
             found = found[0] if isinstance(found, list) else found
-        if tuple(found.shape) != stack.shape:
+        tensor = stack.turned(found)
+        if tuple(tensor.shape) != stack.shape:
             raise CheckpointError(
-                f"convert: SRC has {stack.name} as {tuple(found.shape)}, its config {stack.shape}"
+                f"convert: SRC has {stack.name} as {tuple(tensor.shape)}, its config {stack.shape}"
             )
-        tensor: torch.Tensor = found
         return tensor
 
     def split(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -137,7 +142,7 @@ def dequantize_stack(
     weight_dtype: torch.dtype,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The dense stack [experts, N, K] of a quantized one's tensors, which are by the model's names.
+    """The dense stack, as files have it, of a quantized one's tensors, by the model's names.
 
     Raises:
         CheckpointError: tensors that are missing, or of another format.
@@ -161,4 +166,4 @@ def dequantize_stack(
             codes, shape=tuple(shape), dtype=weight_dtype, format=fmt, **held
         )
         dequantize(matrix, dtype, out=dense[expert])
-    return dense
+    return stack.turned(dense)

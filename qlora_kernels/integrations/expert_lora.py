@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qlora_kernels.errors import argument_error
+from qlora_kernels.integrations.experts import stored_parameters
 from qlora_kernels.integrations.optional import require
 from qlora_kernels.nn import QuantizedExperts
 from qlora_kernels.ops import quantize
@@ -48,7 +49,8 @@ class ExpertLoRA:
         like = experts.projections[layer.parameter_name]
         codes = experts._parameters[layer.parameter_name]
         scalar = torch.zeros((), dtype=like.dtype, device=codes.device)
-        return scalar.expand(experts.num_experts, *like.shape)
+        shape = like.shape[::-1] if experts.source_is_transposed else like.shape
+        return scalar.expand(experts.num_experts, *shape)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As ParamWrapper's."""
@@ -76,7 +78,11 @@ class ExpertLoRA:
         experts = layer.num_experts
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         stacked = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1).contiguous()
-        return a.reshape(experts, -1, a.shape[1]), stacked, layer.scaling[name]
+        a = a.reshape(experts, -1, a.shape[1])
+        if layer.get_base_layer().source_is_transposed and layer._did_swap_in_out_features:
+            # PEFT took [K, N] for [N, K]: its BA is what is added to the transposed matrix.
+            a, stacked = stacked.transpose(1, 2).contiguous(), a.transpose(1, 2).contiguous()
+        return a, stacked, layer.scaling[name]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Dequantize, add every adapter in fp32, quantize once in the stack's own format."""
@@ -90,10 +96,12 @@ class ExpertLoRA:
         like = experts.projections[projection]
         dense = experts.dequantize(projection, torch.float32)
         for name in names:
-            dense += layer.get_delta_weight(name).detach().float()
+            delta = layer.get_delta_weight(name).detach().float()
+            dense += delta.transpose(1, 2) if experts.source_is_transposed else delta
         if safe_merge and not bool(torch.isfinite(dense).all()):
             raise argument_error("merge", "the merged weight", "finite", f"NaN or Inf from {names}")
-        kept = {n: p for n, p in experts._parameters.items() if n.startswith(projection)}
+        names_of = [n for n in stored_parameters(experts) if n.startswith(projection)]
+        kept = {name: experts._parameters[name] for name in names_of}
         experts.hold(projection, [quantize(w.to(like.dtype), like.format) for w in dense])
         layer.merged_adapters.extend(names)
         layer.__dict__.setdefault("_kept", kept)

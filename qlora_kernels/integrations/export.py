@@ -50,7 +50,7 @@ def merge_to_16bit(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.
             module.__class__ = stock
     for module in list(model.modules()):
         if isinstance(module, QuantizedExperts):
-            make_dense(module, torch.float32)
+            _merge_experts(module)
     for name, module in list(model.named_modules()):
         if lora is not None and isinstance(module, lora.LoraLayer):
             _merge_peft(module, dtype)
@@ -70,6 +70,17 @@ def merge_to_16bit(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.
         model = model.unload()
     _forget_quantization(model)  # transformers refuses to cast a quantized model
     return model.to(dtype)
+
+
+def _merge_experts(module: Any) -> None:
+    """Make experts dense, with the adapters that are their own added."""
+    adapters = {p: module._modules.pop(f"{p}_adapter", None) for p in tuple(module.projections)}
+    transposed = module.source_is_transposed
+    make_dense(module, torch.float32)
+    for projection, adapter in adapters.items():
+        if adapter is not None:
+            delta = adapter.delta_weight()
+            getattr(module, projection).data += delta.transpose(1, 2) if transposed else delta
 
 
 def _still_there(model: nn.Module, name: str, module: nn.Module) -> bool:

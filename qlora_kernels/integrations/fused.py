@@ -17,7 +17,12 @@ from torch import nn
 from qlora_kernels.autograd import lora_linear
 from qlora_kernels.autograd.qlora_linear import qlora_linear_of
 from qlora_kernels.autograd.quantized_matmul import quantized_linear_of
-from qlora_kernels.integrations.bitsandbytes import operands_of, quantized_weight_of
+from qlora_kernels.integrations.bitsandbytes import (
+    HELD_OPERANDS,
+    layer_operands,
+    operands_of,
+    quantized_weight_of,
+)
 from qlora_kernels.integrations.merging import KeptBytes, Requantizing
 from qlora_kernels.nn import QuantizedLinear
 from qlora_kernels.nn.dora import row_norms, scaled_rows
@@ -35,7 +40,8 @@ class Fused:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickles and deep-copies by the stock class's name: this class is made at run time."""
-        return _rebuild, (self.stock,), self.__dict__
+        kept = {name: held for name, held in self.__dict__.items() if name != HELD_OPERANDS}
+        return _rebuild, (self.stock,), kept
 
 
 def _rebuild(stock: type[nn.Module]) -> nn.Module:
@@ -98,11 +104,13 @@ def reason_against_4bit(layer: Any) -> str | None:
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
         return "its weight is not quantized yet"
-    if getattr(state, "packing_format_for_cpu", False):
+    # Not getattr: what a QuantState has not, it looks for at length.
+    if state.__dict__.get("packing_format_for_cpu", False):
         return "its weight was repacked for AVX512-BF16 inference"
-    if state.shape is None or len(state.shape) != 2:
-        return f"its weight has the shape {state.shape}"
-    if tuple(state.shape) != (layer.out_features, layer.in_features):
+    shape = state.shape
+    if shape is None or len(shape) != 2:
+        return f"its weight has the shape {shape}"
+    if shape[0] != layer.out_features or shape[1] != layer.in_features:
         return "its weight is stored transposed"
     return None
 
@@ -137,14 +145,13 @@ class FusedLinear4bit(Fused):
         weight = self_.weight
         if getattr(weight, "quant_state", None) is None:  # FSDP has made a new parameter of it
             sys.modules["bitsandbytes.nn.modules"].fix_4bit_weight_quant_state_from_module(self)
-            weight = self_.weight
         if reason_against_4bit(self) is not None:
             stock: torch.Tensor = super().forward(x)  # type: ignore[misc]
             return stock
         y = _without_autocast(
             quantized_linear_of,
             _in_compute_dtype(self, x),
-            operands_of(weight, weight.quant_state),
+            layer_operands(self),
             self_.bias,
             False,
             "Linear4bit",
@@ -284,7 +291,8 @@ def _lora_forward(layer: Any, parts: Parts, x: torch.Tensor) -> torch.Tensor:
     if kind in ("4bit", "quantized"):
         if kind == "4bit":
             weight = base.weight
-            operands = operands_of(weight, weight.quant_state)
+            fused = isinstance(base, Fused)
+            operands = layer_operands(base) if fused else operands_of(weight, weight.quant_state)
             x = _in_compute_dtype(base, x)
             rest = (operands, a, b, scaling, bias, dropout_p, False)
             y = _without_autocast(qlora_linear_of, x, *rest)

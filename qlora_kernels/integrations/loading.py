@@ -9,6 +9,7 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 
+from qlora_kernels.errors import ArgumentError, CheckpointError
 from qlora_kernels.formats.bitsandbytes import from_state_dict
 from qlora_kernels.formats.quantized_weight import QuantizedWeight
 from qlora_kernels.nn import QuantizedExperts, QuantizedLinear
@@ -78,6 +79,13 @@ def _fill(model: Any, full_name: str, qw: QuantizedWeight) -> dict[str, nn.Param
     return found
 
 
+def _refused(op: Any, name: str, like: QuantizedWeight, error: Exception) -> QuantizedWeight:
+    """Note what a weight is refused for, to be raised when loading is done: what a conversion
+    raises ends in a printed report, and the exception that follows names nothing. A stand-in."""
+    op.hf_quantizer.refused[name] = str(error)
+    return QuantizedWeight.empty(like.shape, like.dtype, like.format, "cpu")
+
+
 class QuantizeOnLoad(ConversionOps):
     """A dense weight, or a stack of experts', to the parameters of the quantized layer."""
 
@@ -94,12 +102,23 @@ class QuantizeOnLoad(ConversionOps):
             weight = _first(value)
             if isinstance(layer, QuantizedExperts):
                 fmt = layer.projections[projection].format
-                stack = expert_parameters(projection, [quantize(w, fmt) for w in weight])
+                if layer.source_is_transposed:
+                    weight = weight.transpose(1, 2)
+                try:
+                    matrices = [quantize(w, fmt) for w in weight]
+                except ArgumentError as error:
+                    like = layer.projections[projection]
+                    matrices = [_refused(self, name, like, error)] * layer.num_experts
+                stack = expert_parameters(projection, matrices)
                 result.update({f"{path}.{key}": tensor for key, tensor in stack.items()})
                 continue
             if layer.source_is_transposed:
                 weight = weight.t()
-            result.update(_fill(model, name, quantize(weight, layer.format)))
+            try:
+                qw = quantize(weight, layer.format)
+            except ArgumentError as error:
+                qw = _refused(self, name, layer.quantized_weight, error)
+            result.update(_fill(model, name, qw))
         return result
 
 
@@ -109,6 +128,10 @@ class FromBitsAndBytes(ConversionOps):
     def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer
 
+    def __deepcopy__(self, memo: Any) -> FromBitsAndBytes:
+        # Loading copies a conversion for every weight; there is one quantizer.
+        return self
+
     def convert(self, input_dict: dict[str, Any], *patterns: Any, **context: Any) -> dict[str, Any]:
         """A weight by its full name; a dense one is cast to the model's dtype."""
         model, full_layer_name = context["model"], context["full_layer_name"]
@@ -117,4 +140,9 @@ class FromBitsAndBytes(ConversionOps):
             wanted = model.get_parameter_or_buffer(full_layer_name).dtype
             weight = tensors["weight"]
             return {full_layer_name: weight.to(wanted) if weight.is_floating_point() else weight}
-        return _fill(model, full_layer_name, from_state_dict(tensors, "weight."))
+        try:
+            qw = from_state_dict(tensors, "weight.")
+        except CheckpointError as error:
+            layer = model.get_submodule(full_layer_name.rpartition(".")[0])
+            qw = _refused(self, full_layer_name, layer.quantized_weight, error)
+        return _fill(model, full_layer_name, qw)

@@ -10,8 +10,10 @@ from typing import Any
 from torch import nn
 
 from qlora_kernels.errors import type_error
+from qlora_kernels.integrations.bitsandbytes import HELD_OPERANDS
 from qlora_kernels.integrations.expert_lora import expert_lora_class, is_quantized_experts
 from qlora_kernels.integrations.fused import Fused, fused_class
+from qlora_kernels.integrations.guards import guard_peft, unguard_peft
 from qlora_kernels.integrations.optional import require
 from qlora_kernels.nn import LoRALinear, QuantizedLinear
 
@@ -40,11 +42,12 @@ class AccelerateReport:
             reasons: dict[str, list[str]] = {}
             for name, reason in names.items():
                 reasons.setdefault(reason, []).append(name)
-            lines += [f"  {title}: {_some(held)}: {why}" for why, held in reasons.items()]
+            lines += [f"  {title}: {some(held)}: {why}" for why, held in reasons.items()]
         return "\n".join(lines)
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first names of many."""
     shown = ", ".join(names[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
 
@@ -61,6 +64,9 @@ def accelerate(model: nn.Module, *, verbose: bool = True) -> AccelerateReport:
     dropout differs from the same run before; every other result agrees to rounding. fp32 adapters
     are multiplied in the dtype of the base layer's product.
 
+    On CPUs with bf16 products, call it before stock bitsandbytes has run in eval mode: the first
+    such forward repacks a Linear4bit's weight, which then stays on its own forward.
+
     Args:
         model: changed in place.
         verbose: print the report to stderr.
@@ -74,6 +80,7 @@ def accelerate(model: nn.Module, *, verbose: bool = True) -> AccelerateReport:
         cls = fused_class(type(module))
         if cls is not None:
             module.__class__ = cls
+    _keep_conversions_that_revert(model)
     report = AccelerateReport()
     inside = _layers_inside(model)
     for name, module in _candidates(model):
@@ -92,6 +99,22 @@ def accelerate(model: nn.Module, *, verbose: bool = True) -> AccelerateReport:
     return report
 
 
+def _keep_conversions_that_revert(model: nn.Module) -> None:
+    """Drop transformers' reading of bitsandbytes files from what saving takes back: it has no way
+    back and needs none, as the layers' own state is what the files hold."""
+    for module in model.modules():
+        conversions = module.__dict__.get("_weight_conversions")
+        if conversions:
+            module.__dict__["_weight_conversions"] = [
+                conversion
+                for conversion in conversions
+                if not any(
+                    type(op).__name__ == "Bnb4bitDeserialize"
+                    for op in getattr(conversion, "operations", ())
+                )
+            ]
+
+
 def deaccelerate(model: nn.Module) -> int:
     """Undo `accelerate`: every layer gets its own class back. Returns how many did.
 
@@ -105,6 +128,7 @@ def deaccelerate(model: nn.Module) -> int:
         if isinstance(module, Fused):
             stock: type = module.stock
             module.__class__ = stock
+            module.__dict__.pop(HELD_OPERANDS, None)
             restored += 1
     return restored
 
@@ -113,12 +137,14 @@ def patch_peft() -> None:
     """Have PEFT put fused LoRA layers over `QuantizedLinear`, in this process; repeatable.
 
     get_peft_model, PeftModel.from_pretrained and added adapters then need no `accelerate`, and
-    merge_adapter works. `unpatch_peft` undoes it.
+    merge_adapter works; what would change stored bytes (a merge of another tuner than LoRA,
+    modules_to_save of quantized layers) is refused. `unpatch_peft` undoes it.
 
     Raises:
         ImportError: PEFT is not installed.
     """
     model = require("peft.tuners.lora.model", "patch_peft").LoraModel
+    guard_peft()
     if "create" in _stock:
         return
     stock = _stock["create"] = model._create_new_module
@@ -138,6 +164,7 @@ def patch_peft() -> None:
 
 def unpatch_peft() -> None:
     """Undo `patch_peft`; without one, do nothing."""
+    unguard_peft()
     if "create" in _stock:
         model = require("peft.tuners.lora.model", "unpatch_peft").LoraModel
         model._create_new_module = staticmethod(_stock.pop("create"))

@@ -16,6 +16,7 @@ from torch import nn
 
 from qlora_kernels.errors import argument_error
 from qlora_kernels.formats.quantized_weight import QuantizedWeight
+from qlora_kernels.integrations.experts import stored_parameters
 from qlora_kernels.integrations.optional import require
 from qlora_kernels.nn import QuantizedExperts, StoredWeight
 from qlora_kernels.nn.qlora_linear import QLoRALinear
@@ -72,19 +73,34 @@ class Plan:
         return sum(vars(self).values())
 
     def __str__(self) -> str:
-        lines = [f"{name:<12}{size / 2**30:9.2f} GiB" for name, size in vars(self).items()]
-        return "\n".join([*lines, f"{'total':<12}{self.total / 2**30:9.2f} GiB"])
+        parts = {**vars(self), "total": self.total}
+        return "\n".join(f"{name:<12}{_shown(size)}" for name, size in parts.items())
+
+
+def _shown(size: int) -> str:
+    return f"{size / 2**30:9.2f} GiB" if size >= 2**30 else f"{size / 2**20:9.2f} MiB"
 
 
 def config_of(model: str) -> Any:
     """A model's configuration: one of `SHAPES`, or what transformers finds under a path or name.
 
     Raises:
+        ArgumentError: not of a causal language model, or none at all.
         ImportError: transformers is not installed.
+        OSError: nothing is found.
     """
     transformers = require("transformers", "plan")
     if model not in SHAPES:
-        return transformers.AutoConfig.from_pretrained(model)
+        try:
+            found = transformers.AutoConfig.from_pretrained(model)
+        except (ValueError, KeyError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise argument_error("plan", "MODEL", "one with a configuration", reason) from error
+        if type(found) not in transformers.AutoModelForCausalLM._model_mapping:
+            raise argument_error(
+                "plan", "MODEL", "a causal language model", f"{model}, a {type(found).__name__}"
+            )
+        return found
     vocabulary, hidden, intermediate, layers, heads, kv_heads = SHAPES[model]
     return transformers.LlamaConfig(
         vocab_size=vocabulary,
@@ -111,7 +127,8 @@ def plan_memory(
     checkpointing: bool = True,
     optimizer: str = "adamw",
 ) -> Plan:
-    """Plan a run that adapts every linear layer of a causal language model but its output layer.
+    """Plan a run that adapts every linear layer of a causal language model but its output layer,
+    and the experts that are quantized.
 
     Args:
         config: transformers' configuration of a decoder-only model.
@@ -123,9 +140,12 @@ def plan_memory(
         optimizer: one of `OPTIMIZERS`.
 
     Raises:
-        ArgumentError: an unknown optimizer.
+        ArgumentError: an unknown optimizer, a batch, seq_len or rank below 1.
         ImportError: transformers is not installed.
     """
+    for name, number in (("batch", batch), ("seq_len", seq_len), ("rank", rank)):
+        if number < 1:
+            raise argument_error("plan", name, "at least 1", number)
     if optimizer not in OPTIMIZERS:
         raise argument_error("plan", "optimizer", f"one of {tuple(OPTIMIZERS)}", repr(optimizer))
     options: dict[str, Any] = {
@@ -184,11 +204,17 @@ def _counts(
     stored: set[int] = set()
     for module in model.modules():
         if isinstance(module, StoredWeight):
-            weight = module.quantized_weight
-            codes += weight.codes.nbytes
-            scales += weight.nbytes - weight.codes.nbytes
+            weights, experts = [module.quantized_weight], 1
             stored |= {id(p) for n, p in module.named_parameters() if n != "bias"}
-            adapters += 4 * options["rank"] * sum(weight.shape)
+        elif isinstance(module, QuantizedExperts):
+            weights, experts = list(module.projections.values()), module.num_experts
+            stored |= {id(module._parameters[name]) for name in stored_parameters(module)}
+        else:
+            continue
+        for weight in weights:
+            codes += experts * weight.codes.nbytes
+            scales += experts * (weight.nbytes - weight.codes.nbytes)
+            adapters += experts * 4 * options["rank"] * sum(weight.shape)
     dense = sum(p.nbytes for p in model.parameters() if id(p) not in stored)
     return {"codes": codes, "scales": scales, "dense": dense, "adapters": adapters}
 
@@ -217,6 +243,7 @@ def _saved(
                 for key, like in module.projections.items():
                     empty = QuantizedWeight.empty(like.shape, dtype, like.format, "cpu")
                     module.hold(key, [empty] * module.num_experts)
+                    module.add_adapter(key, rank=options["rank"], alpha=1.0)
         return saved_bytes(model.train(), torch.zeros(batch, seq_len, dtype=torch.int64))
 
 

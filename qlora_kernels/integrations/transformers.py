@@ -1,32 +1,36 @@
 """transformers: a quantizer named "qlora_kernels" for from_pretrained and save_pretrained.
 
-Importing this module registers it; `qlora_kernels.QLoRAKernelsConfig` does so by itself. A process
-that loads a checkpoint of this kind must have it imported.
+Importing this module registers it, and `integrations.autoload` sees to that: a process that loads
+a checkpoint of this kind must have imported the package.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib.util
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from qlora_kernels.errors import CheckpointError, argument_error
-from qlora_kernels.formats.bitsandbytes import quant_type_of
-from qlora_kernels.formats.format import Format
+from qlora_kernels.formats.bitsandbytes import STATE_KEY
 from qlora_kernels.formats.quantized_weight import QuantizedWeight
-from qlora_kernels.formats.registry import get_format
 from qlora_kernels.integrations.experts import (
     converts_experts,
     is_experts,
     make_dense,
     make_quantized,
+    stored_parameters,
     why_not_experts,
 )
+from qlora_kernels.integrations.guards import refuse_resize
 from qlora_kernels.integrations.optional import require
-from qlora_kernels.integrations.peft import patch_peft
+from qlora_kernels.integrations.peft import patch_peft, some
 from qlora_kernels.nn import (
     QuantizedEmbedding,
     QuantizedExperts,
@@ -37,12 +41,16 @@ from qlora_kernels.nn import (
 require("transformers", "qlora_kernels.integrations.transformers")
 require("accelerate", "qlora_kernels.integrations.transformers")
 
-from transformers import AutoConfig  # noqa: E402
 from transformers.quantizers import auto  # noqa: E402
 from transformers.quantizers.base import HfQuantizer  # noqa: E402
 from transformers.quantizers.quantizers_utils import should_convert_module  # noqa: E402
-from transformers.utils.quantization_config import QuantizationConfigMixin  # noqa: E402
 
+from qlora_kernels.integrations.config import QUANT_METHOD, QLoRAKernelsConfig  # noqa: E402
+from qlora_kernels.integrations.contents import (  # noqa: E402
+    bitsandbytes_block_size,
+    places,
+    stored_names,
+)
 from qlora_kernels.integrations.loading import (  # noqa: E402
     BITSANDBYTES_NAMES,
     FromBitsAndBytes,
@@ -50,137 +58,31 @@ from qlora_kernels.integrations.loading import (  # noqa: E402
     dense_layer,
     is_transposed,
 )
-from qlora_kernels.integrations.saving import bitsandbytes_config, bitsandbytes_state  # noqa: E402
+from qlora_kernels.integrations.saving import bitsandbytes_state  # noqa: E402
 
-QUANT_METHOD = "qlora_kernels"
-CHECKPOINTS = ("qlora_kernels", "bitsandbytes")
-
-
-class QLoRAKernelsConfig(QuantizationConfigMixin):
-    """How from_pretrained quantizes a model's linear layers, and what save_pretrained writes.
-
-    Args:
-        format: a registered format's name.
-        block_size, double_quant: None: the format's own.
-        skip: module names (or their ends, or regular expressions) that stay dense, beside those
-            that always do: output embeddings, tied weights, the model's keep-in-fp32 modules.
-        experts: quantize mixtures of experts that are stored as 3-D parameters.
-        embeddings: quantize token embeddings too, where they are not tied.
-        checkpoint: "qlora_kernels", or "bitsandbytes" to read and write bitsandbytes' files.
-        weight_dtype: name of the dtype the weights had; set on loading.
-        bitsandbytes: the fields of the BitsAndBytesConfig that a checkpoint came with.
-
-    Raises:
-        ArgumentError: an unknown format, a bad block size, a checkpoint format that cannot hold it.
-    """
-
-    def __init__(
-        self,
-        format: str = "nf4",
-        block_size: int | None = None,
-        double_quant: bool | None = None,
-        skip: Sequence[str] = (),
-        experts: bool = True,
-        embeddings: bool = False,
-        checkpoint: str = "qlora_kernels",
-        weight_dtype: str | None = None,
-        bitsandbytes: dict[str, Any] | None = None,
-        **unknown: Any,
-    ) -> None:
-        unknown.pop("quant_method", None)
-        if unknown:
-            raise argument_error(
-                "QLoRAKernelsConfig", "options", "known ones", ", ".join(sorted(unknown))
-            )
-        if checkpoint not in CHECKPOINTS:
-            raise argument_error(
-                "QLoRAKernelsConfig", "checkpoint", f"one of {CHECKPOINTS}", repr(checkpoint)
-            )
-        if checkpoint == "bitsandbytes" and embeddings:
-            raise argument_error(
-                "QLoRAKernelsConfig", "embeddings", "False for bitsandbytes", embeddings
-            )
-        resolved = get_format(format).override(block_size, double_quant)
-        if checkpoint == "bitsandbytes" and quant_type_of(resolved) is None:
-            raise argument_error(
-                "QLoRAKernelsConfig", "format", "nf4 or fp4 for bitsandbytes", repr(format)
-            )
-        # transformers declares it as one of its own methods.
-        vars(self)["quant_method"] = QUANT_METHOD
-        self.format = format
-        self.block_size = resolved.block_size
-        self.double_quant = resolved.double_quant
-        self.skip = list(skip)
-        self.experts = experts and checkpoint != "bitsandbytes"
-        self.embeddings = embeddings
-        self.checkpoint = checkpoint
-        self.weight_dtype = weight_dtype
-        self.bitsandbytes = bitsandbytes
-
-    @property
-    def storage(self) -> Format:
-        """The Format that the fields name."""
-        return get_format(self.format).override(self.block_size, self.double_quant)
-
-    @classmethod
-    def from_bitsandbytes(cls, config: Any) -> QLoRAKernelsConfig:
-        """The configuration under which a bitsandbytes checkpoint is read into these layers.
-
-        Args:
-            config: a BitsAndBytesConfig, or the dict of one.
-
-        Raises:
-            CheckpointError: not a 4-bit one.
-        """
-        fields = config if isinstance(config, dict) else config.to_dict()
-        if not fields.get("load_in_4bit"):
-            raise CheckpointError(
-                "QLoRAKernelsConfig.from_bitsandbytes: config must be of a 4-bit checkpoint"
-            )
-        return cls(
-            format=fields.get("bnb_4bit_quant_type", "fp4"),
-            double_quant=bool(fields.get("bnb_4bit_use_double_quant", False)),
-            skip=fields.get("llm_int8_skip_modules") or (),
-            checkpoint="bitsandbytes",
-            bitsandbytes=fields,
-        )
-
-    @classmethod
-    def adopt(cls, path: str, **options: Any) -> Any:
-        """The model configuration to load a bitsandbytes checkpoint with, into these layers:
-        `from_pretrained(path, config=QLoRAKernelsConfig.adopt(path))`.
-
-        Args:
-            path: a folder or a hub name.
-            options: of AutoConfig.from_pretrained.
-
-        Raises:
-            CheckpointError: not a 4-bit bitsandbytes checkpoint.
-        """
-        config = AutoConfig.from_pretrained(path, **options)
-        stored = getattr(config, "quantization_config", None)
-        if stored is None:
-            raise CheckpointError(f"QLoRAKernelsConfig.adopt: {path} is not a quantized checkpoint")
-        config.quantization_config = cls.from_bitsandbytes(stored).fields()
-        return config
-
-    def fields(self) -> dict[str, Any]:
-        """The options as from_dict takes them."""
-        return dict(self.__dict__)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What config.json gets: bitsandbytes' own fields when its files are written."""
-        return bitsandbytes_config(self) if self.checkpoint == "bitsandbytes" else self.fields()
+__all__ = ["QLoRAKernelsConfig", "QLoRAKernelsQuantizer"]
+logger = logging.getLogger(__name__)
 
 
 class QLoRAKernelsQuantizer(HfQuantizer):
-    """Makes `QuantizedLinear` layers of linear ones (and of GPT-2's Conv1D) while a model loads."""
+    """Makes `QuantizedLinear` layers of linear ones (and of GPT-2's Conv1D) while a model loads.
+
+    Attributes:
+        quantization_config: a copy of the given one, which loading completes.
+        left: name of a layer that could have been quantized, and is dense -> why.
+    """
 
     requires_calibration = False
     quantization_config: QLoRAKernelsConfig
 
     def __init__(self, quantization_config: QLoRAKernelsConfig, **options: Any) -> None:
-        super().__init__(quantization_config, **options)
+        super().__init__(copy.deepcopy(quantization_config), **options)
+        self.left: dict[str, str] = {}
+        self.refused: dict[str, str] = {}  # weight -> what it was refused for
+        self._files: list[str] | None = None  # of the checkpoint that is being loaded
+        self._undo: dict[str, Callable[[], None]] = {}  # layer -> what makes it dense again
+        self._kept: list[str] = []  # patterns of the modules that stay dense
+        self._said: set[str] = set()  # those of `left` that were logged
         # What one weight is in a foreign checkpoint; our own tensors are parameters.
         if quantization_config.checkpoint == "bitsandbytes" and self.pre_quantized:
             self.serialized_names = {"weight": list(BITSANDBYTES_NAMES)}
@@ -212,28 +114,151 @@ class QLoRAKernelsQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
+        self._files = kwargs.get("checkpoint_files")
+        is_foreign = config.checkpoint == "bitsandbytes"
+        if is_foreign and self.pre_quantized and self._files is not None:
+            config.block_size = bitsandbytes_block_size(self._files) or config.block_size
         dtype = kwargs.get("dtype") or model.dtype
         if config.weight_dtype is not None and self.pre_quantized:
             dtype = getattr(torch, config.weight_dtype)
         config.weight_dtype = str(dtype).removeprefix("torch.")
-        # bitsandbytes' list of modules to skip stands in place of the default, not beside it.
+        in_fp32 = {
+            *(model._keep_in_fp32_modules or ()),
+            *(model._keep_in_fp32_modules_strict or ()),
+        }
+        # A bitsandbytes checkpoint's list of modules to skip stands in place of the default.
         kept = self.get_modules_to_not_convert(
             model,
             config.skip or None,
-            model._keep_in_fp32_modules,
-            add_default_skips=config.checkpoint != "bitsandbytes",
+            sorted(in_fp32),
+            add_default_skips=not (is_foreign and self.pre_quantized),
         )
+        self._kept = list(kept)
+        if is_foreign and config.skip and not self.pre_quantized:
+            config.skip = sorted(kept)
         for name, module in list(model.named_modules()):
             if name and should_convert_module(name, kept):
-                _replace(model, name, module, config, dtype)
+                self._replace(model, name, module, dtype)
+        self._say()
         if importlib.util.find_spec("peft") is not None:
             patch_peft()
         return model
 
+    def _replace(self, model: Any, name: str, module: Any, dtype: torch.dtype) -> None:
+        """Put an empty quantized layer where one can be."""
+        layer: Any
+        config = self.quantization_config
+        if is_experts(module):
+            reason = why_not_experts(module)
+            if reason is not None and config.experts:
+                self.left[name] = reason
+            elif config.experts:
+                self._undo[name] = make_quantized(module, config.storage, dtype)
+            return
+        if is_transposed(module) or type(module) is nn.Linear:
+            shape = tuple(module.weight.shape)
+            shape = shape[::-1] if is_transposed(module) else shape
+            empty = QuantizedWeight.empty(shape, dtype, config.storage)
+            layer = QuantizedLinear(empty, module.bias)
+        elif config.embeddings and type(module) is nn.Embedding and module.max_norm is None:
+            empty = QuantizedWeight.empty(tuple(module.weight.shape), dtype, config.storage)
+            layer = QuantizedEmbedding(empty, module.padding_idx)
+        else:
+            return
+        layer.source_is_transposed = is_transposed(module)
+        layer._is_hf_initialized = True  # nothing of it is to be drawn at random
+        model.set_submodule(name, layer)
+        self._undo[name] = functools.partial(model.set_submodule, name, module)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """The conversions to load with; with them it is known which tensors are in the files, so
+        this is where layers that have none are made dense again, for transformers to draw."""
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        if self._files is not None:
+            prefix, held = model.base_model_prefix, model.state_dict()
+            names = stored_names(self._files)
+            states = [name for name in names if STATE_KEY in name]
+            found, packed = (places(n, conversions, prefix, held) for n in (names, states))
+            self._match(model, found, packed)
+            self._say()
+        self._undo.clear()
+        return conversions
+
+    def _match(self, model: Any, found: set[str], packed: set[str]) -> None:
+        """Compare what is to be loaded with the parameters that the files have tensors for.
+
+        Args:
+            found: names of those parameters.
+            packed: those that are bitsandbytes' 4-bit weights.
+
+        Raises:
+            CheckpointError: a layer of which some tensors are there and others are not.
+        """
+        lost: list[str] = []
+        dense: list[str] = []
+        foreign = self.pre_quantized and self.quantization_config.checkpoint == "bitsandbytes"
+        for name, undo in self._undo.items():
+            module = model.get_submodule(name)
+            wanted = {f"{name}.{key}" for key in self._keys(module)}
+            there = wanted & found
+            if not there or (not self.pre_quantized and there != wanted):
+                self.left[name] = "the checkpoint lacks it, and it is initialized anew"
+            elif (there == {f"{name}.weight"} != wanted) or (foreign and not there & packed):
+                self.left[name] = "the checkpoint has it dense"
+            elif there != wanted:
+                lost += sorted(wanted - there)
+                continue
+            else:
+                if any(f"{name}.{k}" not in found for k in module._parameters if "bias" in k):
+                    del module._is_hf_initialized  # transformers initializes the bias
+                continue
+            undo()
+            dense.append(name)
+        _refuse_lost(lost)
+        if dense:
+            self._skip_more(dense)
+
+    def _keys(self, module: Any) -> list[str]:
+        """Names of a layer's parameters that come out of files, biases aside."""
+        if isinstance(module, QuantizedExperts):
+            return stored_parameters(module) if self.pre_quantized else list(module.projections)
+        if not self.pre_quantized or self.quantization_config.checkpoint == "bitsandbytes":
+            return ["weight"]
+        return [
+            key for key, held in module._parameters.items() if held is not None and key != "bias"
+        ]
+
+    def _skip_more(self, dense: list[str]) -> None:
+        """Add layers to those that the configuration skips, so that a saved model is read so."""
+        config = self.quantization_config
+        rest = self._undo.keys() - set(dense)
+        for name in dense:
+            alone = all(should_convert_module(other, [name]) for other in rest)
+            config.skip.append(name if alone else f"^{re.escape(name)}$")
+        if config.checkpoint == "bitsandbytes":
+            config.skip = sorted({*config.skip, *self._kept})
+            if config.bitsandbytes is not None:
+                config.bitsandbytes["llm_int8_skip_modules"] = config.skip
+
+    def _say(self) -> None:
+        """Log what stays dense, a line a reason, once."""
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left.items():
+            if name not in self._said:
+                reasons.setdefault(reason, []).append(name)
+        self._said |= self.left.keys()
+        for reason, names in reasons.items():
+            logger.warning("not quantized: %s: %s", some(names), reason)
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, reason in self.refused.items():
+            more = f" (and {len(self.refused) - 1} more)" if len(self.refused) > 1 else ""
+            raise CheckpointError(f"from_pretrained: {name}: {reason}{more}")
         projections: set[str] = set()
         for name, module in model.named_modules():
             if isinstance(module, StoredWeight | QuantizedExperts):
+                if not hasattr(module, "_hf_hook"):  # dispatching makes new parameters
+                    _check_loaded(name, module)
                 _check_codebooks(name, module)
             if isinstance(module, QuantizedExperts):
                 projections |= set(module.projections)
@@ -244,6 +269,8 @@ class QLoRAKernelsQuantizer(HfQuantizer):
             if not any(isinstance(op, FromBitsAndBytes) for op in _operations(conversion))
             and not converts_experts(conversion, sorted(projections))
         ]
+        if isinstance(model.get_input_embeddings(), QuantizedEmbedding):
+            model.resize_token_embeddings = refuse_resize
         # PEFT's prepare_model_for_kbit_training, Trainer and accelerate ask for it.
         model.is_loaded_in_4bit = True
         return model
@@ -288,6 +315,7 @@ class QLoRAKernelsQuantizer(HfQuantizer):
                 model.set_submodule(name, table)
             elif isinstance(module, QuantizedExperts):
                 make_dense(module, dtype)
+        model.__dict__.pop("resize_token_embeddings", None)
         model.is_loaded_in_4bit = False
         return model
 
@@ -297,27 +325,25 @@ def _operations(conversion: Any) -> Sequence[Any]:
     return found
 
 
-def _replace(
-    model: Any, name: str, module: Any, config: QLoRAKernelsConfig, dtype: torch.dtype
-) -> None:
-    """Put an empty quantized layer where one can be."""
-    layer: Any
-    if is_experts(module):
-        if config.experts and why_not_experts(module) is None:
-            make_quantized(module, config.storage, dtype)
-        return
-    if is_transposed(module) or type(module) is nn.Linear:
-        shape = tuple(module.weight.shape)
-        shape = shape[::-1] if is_transposed(module) else shape
-        layer = QuantizedLinear(QuantizedWeight.empty(shape, dtype, config.storage), module.bias)
-    elif config.embeddings and type(module) is nn.Embedding and module.max_norm is None:
-        empty = QuantizedWeight.empty(tuple(module.weight.shape), dtype, config.storage)
-        layer = QuantizedEmbedding(empty, module.padding_idx)
-    else:
-        return
-    layer.source_is_transposed = is_transposed(module)
-    layer._is_hf_initialized = True  # nothing of it is to be drawn at random
-    model.set_submodule(name, layer)
+def _refuse_lost(names: list[str]) -> None:
+    if names:
+        raise CheckpointError(f"from_pretrained: the checkpoint lacks {some(names)}")
+
+
+def _check_loaded(name: str, module: Any) -> None:
+    """Whether every stored tensor of a layer was loaded: tensors need not come from files."""
+    experts = isinstance(module, QuantizedExperts)
+    keys = stored_parameters(module) if experts else [k for k in module._parameters if k != "bias"]
+    held = {key: module._parameters[key] for key in keys}
+    _refuse_lost(
+        [
+            f"{name}.{key}"
+            for key, tensor in held.items()
+            if tensor is not None
+            and not tensor.is_meta
+            and not getattr(tensor, "_is_hf_initialized", False)
+        ]
+    )
 
 
 def _check_codebooks(name: str, module: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -133,11 +133,3 @@ def check_rank(op: str, rank: object, out_features: int, in_features: int) -> No
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
         rule = f"a whole number in 1 … {largest} (min of {out_features} and {in_features})"
         raise argument_error(op, "rank", rule, rank)
-
-
-def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Every adapter's lora_a and lora_b, in the model's order."""
-    for module in model.modules():
-        if isinstance(module, LoRAAdapter):
-            yield module.lora_a
-            yield module.lora_b

@@ -1,61 +1,46 @@
 """Adapters on disk, in PEFT's layout: adapter_config.json and adapter_model.safetensors.
 
 A module "layers.0.q_proj" is stored as base_model.model.layers.0.q_proj.lora_A.weight [R, K] and
-…lora_B.weight [N, R]. PEFT loads what is written here, and what PEFT writes is loaded, as far as
-`QLoRALinear` can represent it.
+…lora_B.weight [N, R]; the projections of experts are target_parameters, stored under the name of
+their module and as many ".base_layer" as wrappers are around (`expert_adapter`). PEFT loads what is
+written here, and what PEFT writes is loaded, as far as these layers can represent it.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from qlora_kernels.errors import CheckpointError, argument_error
 from qlora_kernels.files import save_tensors, write_text
 from qlora_kernels.nn.adapter import LoRAAdapter, check_rank
+from qlora_kernels.nn.adapter_parts import (
+    CONFIG_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    Shape,
+    check_size,
+    read_config,
+    read_weights,
+    scaling_of,
+)
+from qlora_kernels.nn.conv1d import as_linear, is_conv1d, is_linear
+from qlora_kernels.nn.expert_adapter import ExpertAdapter, from_file, to_files
 from qlora_kernels.nn.lora_linear import LoRALinear
 from qlora_kernels.nn.qlora_linear import QLoRALinear
+from qlora_kernels.nn.quantized_experts import QuantizedExperts
 from qlora_kernels.nn.quantized_linear import QuantizedLinear
-from qlora_kernels.nn.replace import name_ends_with, set_module
+from qlora_kernels.nn.replace import is_targeted, name_ends_with, set_module
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_ENDINGS = {".lora_A.weight": "lora_a", ".lora_B.weight": "lora_b"}
-# Options of a PEFT adapter that change its mathematics beyond B A: name -> the only value taken.
-_PLAIN_LORA: dict[str, tuple[object, ...]] = {
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "megatron_config": (None, {}),
-}
-
-
-@dataclass(frozen=True)
-class _Shape:
-    rank: int
-    alpha: float
-    rslora: bool
-
-    def plain(self) -> _Shape:
-        """The same scaling written as alpha / rank."""
-        return _Shape(self.rank, self.alpha * math.sqrt(self.rank), False) if self.rslora else self
+# Name of a module of experts -> it, and its adapters by projection.
+_Experts = dict[str, tuple[QuantizedExperts, dict[str, ExpertAdapter]]]
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, base_model_name: str | None = None) -> None:
@@ -75,27 +60,51 @@ def save_adapter(model: nn.Module, path: str | Path, *, base_model_name: str | N
     adapters = {
         name: module for name, module in model.named_modules() if isinstance(module, LoRAAdapter)
     }
-    if not adapters:
+    experts = _adapted_experts(model)
+    if not adapters and not experts:
         raise argument_error("save_adapter", "model", "one with LoRA layers", "none")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, module in adapters.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = module.lora_a.detach()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = module.lora_b.detach()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_a.detach()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_b.detach()
+    for name, (module_, owned) in experts.items():
+        for ending, tensor in to_files(list(owned.values()), module_.swaps_factors).items():
+            tensors[f"{PREFIX}{name}{ending}"] = tensor.contiguous()
     save_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
-    config = _config(model, adapters, base_model_name)
+    config = _config(model, adapters, experts, base_model_name)
     write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def _adapted_experts(model: nn.Module) -> _Experts:
+    """The modules whose experts have adapters, with those by projection, in their order."""
+    found: _Experts = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedExperts):
+            owned = {p: module.adapter(p) for p in module.projections}
+            kept = {p: adapter for p, adapter in owned.items() if adapter is not None}
+            if kept:
+                found[name] = (module, kept)
+    return found
+
+
 def _config(
-    model: nn.Module, adapters: Mapping[str, LoRAAdapter], base_model_name: str | None
+    model: nn.Module,
+    adapters: Mapping[str, LoRAAdapter],
+    experts: _Experts,
+    base_model_name: str | None,
 ) -> dict[str, Any]:
-    shapes = {name: _Shape(a.rank, a.alpha, a.rslora) for name, a in adapters.items()}
+    every: dict[str, LoRAAdapter | ExpertAdapter] = {**adapters}
+    for name, (_, owned) in experts.items():
+        every |= {f"{name}.{projection}": adapter for projection, adapter in owned.items()}
+    shapes = {name: Shape(a.rank, a.alpha, a.rslora) for name, a in every.items()}
     if len({shape.rslora for shape in shapes.values()}) > 1:
         shapes = {name: shape.plain() for name, shape in shapes.items()}
     common = Counter(shapes.values()).most_common(1)[0][0]
-    dropout = Counter(adapter.dropout_p for adapter in adapters.values()).most_common(1)[0][0]
+    # PEFT refuses dropout beside adapters of experts, and has no use for it after training.
+    dropouts = Counter(0.0 if experts else a.dropout_p for a in adapters.values()) or {0.0: 1}
+    dropout = Counter(dropouts).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -115,13 +124,20 @@ def _config(
             for name, shape in shapes.items()
             if shape.alpha != common.alpha
         },
-        "target_modules": _target_modules(model, adapters),
+        "target_modules": _target_modules(model, adapters) if adapters else None,
+        "target_parameters": _target_parameters(model, experts) if experts else None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        # As the dense model has them, which base_model_name is of.
+        "fan_in_fan_out": bool(adapters) and all(_is_transposed(a) for a in adapters.values()),
         "init_lora_weights": True,
         "modules_to_save": None,
         "use_dora": False,
     }
+
+
+def _is_transposed(module: Any) -> bool:
+    """Whether a layer was made from a Conv1D."""
+    return getattr(module, "source_is_transposed", False)
 
 
 def _number(alpha: float) -> float | int:
@@ -137,9 +153,21 @@ def _target_modules(model: nn.Module, adapters: Mapping[str, LoRAAdapter]) -> li
     """The ends of the adapted names where they mean no other linear layer, else the whole names."""
     ends = sorted({name.rpartition(".")[2] for name in adapters})
     for name, module in model.named_modules():
-        is_other = isinstance(module, nn.Linear) and name not in adapters
+        is_other = is_linear(module) and name not in adapters
         if is_other and any(name_ends_with(name, end) for end in ends):
             return sorted(adapters)
+    return ends
+
+
+def _target_parameters(model: nn.Module, experts: _Experts) -> list[str]:
+    """As `_target_modules`, of the adapted projections; an end is a module's and a projection's."""
+    names = {f"{name}.{projection}" for name, (_, owned) in experts.items() for projection in owned}
+    ends = sorted({".".join(name.split(".")[-2:]) for name in names})
+    for name, module in model.named_modules():
+        others = module.projections if isinstance(module, QuantizedExperts) else ()
+        for full in (f"{name}.{projection}" for projection in others):
+            if full not in names and any(name_ends_with(full, end) for end in ends):
+                return sorted(names)
     return ends
 
 
@@ -147,9 +175,9 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     """Load an adapter in PEFT's layout into `model`, in place.
 
     A dense linear layer that the adapter names becomes a `LoRALinear`, a `QuantizedLinear` a
-    `QLoRALinear`; a layer with an adapter gets the file's, of whatever rank. Values are cast to
-    the dtype of the adapter they replace (fp32 for a new one). Nothing changes if anything is
-    wrong.
+    `QLoRALinear`, and `QuantizedExperts` get an adapter of their own; a layer with an adapter gets
+    the file's, of whatever rank. Values are cast to the dtype of the adapter they replace (fp32 for
+    a new one). Nothing changes if anything is wrong.
 
     Raises:
         CheckpointError: a file is missing, truncated or not PEFT's; an adapter with more than A
@@ -157,19 +185,23 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
             differ; adapters of the model that the file has no values for.
     """
     folder = Path(path)
-    config = _read_config(folder / CONFIG_NAME)
-    weights = _read_weights(folder / WEIGHTS_NAME)
-    loaded: dict[str, tuple[nn.Linear, _Shape, dict[str, torch.Tensor]]] = {}
+    config = read_config(folder / CONFIG_NAME)
+    weights = read_weights(folder / WEIGHTS_NAME)
+    loaded: dict[str, tuple[Any, Shape, dict[str, torch.Tensor]]] = {}
     modules = dict(model.named_modules())
+    stacks = _place_experts(folder, config, modules, weights)
     for name, pair in weights.items():
         module = modules.get(name)
-        if not isinstance(module, nn.Linear):
+        if module is None or not is_linear(module):
             raise CheckpointError(
                 f"load_adapter: {folder / WEIGHTS_NAME} must fit the model, got {name}, "
                 "which is no linear layer of it"
             )
-        loaded[name] = (module, _shape_of(folder, config, name, module, pair), pair)
+        linear = as_linear(module)
+        loaded[name] = (module, _shape_of(folder, config, name, linear, pair), pair)
     missing = [n for n, m in modules.items() if isinstance(m, LoRAAdapter) and n not in weights]
+    for name, (_, owned) in _adapted_experts(model).items():
+        missing += [f"{name}.{p}" for p in owned if f"{name}.{p}" not in stacks]
     if missing:
         raise CheckpointError(
             f"load_adapter: {folder / WEIGHTS_NAME} must hold every adapter of the model, "
@@ -182,6 +214,51 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
             layer.lora_a.copy_(pair["lora_a"])
             layer.lora_b.copy_(pair["lora_b"])
         set_module(model, name, layer)
+    for experts, projection, shape, (lora_a, lora_b) in stacks.values():
+        own = experts.adapter(projection)
+        trained = own is None or own.lora_a.requires_grad
+        added = experts.add_adapter(
+            projection, rank=shape.rank, alpha=shape.alpha, rslora=shape.rslora
+        ).requires_grad_(trained)
+        with torch.no_grad():
+            added.lora_a.copy_(lora_a)
+            added.lora_b.copy_(lora_b)
+
+
+def _place_experts(
+    folder: Path,
+    config: Mapping[str, Any],
+    modules: Mapping[str, nn.Module],
+    weights: dict[str, dict[str, torch.Tensor]],
+) -> dict[str, tuple[QuantizedExperts, str, Shape, tuple[torch.Tensor, torch.Tensor]]]:
+    """The experts' adapters of a file, which are taken out of `weights`: full name of a projection
+    -> its module, its name, rank and scaling, A and B."""
+    found: dict[str, Any] = {}
+    targets = config.get("target_parameters") or ()
+    for name, module in modules.items():
+        if not isinstance(module, QuantizedExperts):
+            continue
+        adapted = [p for p in module.projections if is_targeted(f"{name}.{p}", tuple(targets))]
+        for depth, projection in enumerate(reversed(adapted)):
+            key, full = name + ".base_layer" * depth, f"{name}.{projection}"
+            pair = weights.pop(key, None)
+            if pair is None:
+                raise CheckpointError(
+                    f"load_adapter: {folder / WEIGHTS_NAME} must hold A and B of {full}, got none"
+                )
+            rank, alpha, rslora = scaling_of(config, full)
+            outputs, inputs = module.projections[projection].shape
+            check_rank(f"load_adapter: {full}", rank, outputs, inputs)
+            if module.swaps_factors:
+                outputs, inputs = inputs, outputs
+            size = rank * module.num_experts
+            for which, wanted in (("lora_a", (size, inputs)), ("lora_b", (outputs, size))):
+                check_size(folder, full, which, pair[which], wanted)
+            factors = from_file(
+                pair["lora_a"], pair["lora_b"], module.num_experts, module.swaps_factors
+            )
+            found[full] = (module, projection, Shape(rank, alpha, rslora), factors)
+    return found
 
 
 def read_adapter(path: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
@@ -191,9 +268,14 @@ def read_adapter(path: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor
         CheckpointError: as `load_adapter`, of what the files alone can tell.
     """
     folder = Path(path)
-    config = _read_config(folder / CONFIG_NAME)
+    config = read_config(folder / CONFIG_NAME)
+    if config.get("target_parameters"):
+        raise CheckpointError(
+            f"load_adapter: {folder / CONFIG_NAME}: target_parameters must be None, got "
+            f"{config['target_parameters']!r}"
+        )
     found = {}
-    for name, pair in _read_weights(folder / WEIGHTS_NAME).items():
+    for name, pair in read_weights(folder / WEIGHTS_NAME).items():
         a, b = pair["lora_a"], pair["lora_b"]
         sizes = nn.Linear(a.shape[-1], b.shape[0], bias=False, device="meta")
         shape = _shape_of(folder, config, name, sizes, pair).plain()
@@ -201,7 +283,7 @@ def read_adapter(path: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor
     return found
 
 
-def _with_adapter(module: nn.Linear, shape: _Shape, dropout: float) -> LoRAAdapter:
+def _with_adapter(module: Any, shape: Shape, dropout: float) -> LoRAAdapter:
     """`module` with an adapter of that shape, values yet to come: itself if it has one."""
     if isinstance(module, LoRAAdapter):
         if module.rank != shape.rank:
@@ -215,57 +297,13 @@ def _with_adapter(module: nn.Linear, shape: _Shape, dropout: float) -> LoRAAdapt
         module.unmerge()
         return module
     make = QLoRALinear if isinstance(module, QuantizedLinear) else LoRALinear
-    return make.from_linear(
-        module, rank=shape.rank, alpha=shape.alpha, rslora=shape.rslora, dropout=dropout
+    layer: Any = make.from_linear(
+        as_linear(module), rank=shape.rank, alpha=shape.alpha, rslora=shape.rslora, dropout=dropout
     )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"load_adapter: {path} cannot be read ({error.strerror})") from error
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise CheckpointError(f"load_adapter: {path} must be JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise CheckpointError(f"load_adapter: {path} must be the configuration of a LoRA adapter")
-    for option, accepted in _PLAIN_LORA.items():
-        if option in config and config[option] not in accepted:
-            raise CheckpointError(
-                f"load_adapter: {path}: {option} must be {accepted[0]!r}, got {config[option]!r}"
-            )
-    if not isinstance(config.get("r"), int) or not isinstance(
-        config.get("lora_alpha"), int | float
-    ):
-        raise CheckpointError(f"load_adapter: {path} must hold r and lora_alpha")
-    return config
-
-
-def _read_weights(path: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Module name -> lora_a and lora_b."""
-    try:
-        tensors = load_file(path)
-    except OSError as error:
-        raise CheckpointError(f"load_adapter: {path} cannot be read ({error.strerror})") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"load_adapter: {path} is truncated or foreign ({error})") from error
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        for ending, which in _ENDINGS.items():
-            if key.startswith(_PREFIX) and key.endswith(ending):
-                name = key[len(_PREFIX) : -len(ending)]
-                found.setdefault(name, {})[which] = tensor
-                break
-        else:
-            raise CheckpointError(
-                f"load_adapter: {path} must hold LoRA weights of linear layers only, got {key}"
-            )
-    for name, pair in found.items():
-        if len(pair) != 2:
-            raise CheckpointError(f"load_adapter: {path} must hold A and B of {name}, got one")
-    if not found:
-        raise CheckpointError(f"load_adapter: {path} must hold LoRA weights, got none")
-    return found
+    if is_conv1d(module) or _is_transposed(module):
+        layer.source_is_transposed = True
+    made: LoRAAdapter = layer
+    return made
 
 
 def _shape_of(
@@ -274,27 +312,14 @@ def _shape_of(
     name: str,
     module: nn.Linear,
     pair: Mapping[str, torch.Tensor],
-) -> _Shape:
+) -> Shape:
     """Rank and scaling of a module, checked against its tensors and its sizes."""
-    rank = int(_by_pattern(config.get("rank_pattern"), name, config["r"]))
-    alpha = float(_by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]))
+    rank, alpha, rslora = scaling_of(config, name)
     sizes = {
         "lora_a": (rank, module.in_features),
         "lora_b": (module.out_features, rank),
     }
     for which, size in sizes.items():
-        if tuple(pair[which].shape) != size:
-            raise CheckpointError(
-                f"load_adapter: {folder}: {which} of {name} must be {list(size)}, "
-                f"got {list(pair[which].shape)}"
-            )
+        check_size(folder, name, which, pair[which], size)
     check_rank(f"load_adapter: {name}", rank, module.out_features, module.in_features)
-    return _Shape(rank, alpha, bool(config.get("use_rslora")))
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of `name`, as PEFT looks it up."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+    return Shape(rank, alpha, rslora)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qlora_kernels.autograd.qlora_group import qlora_group_of
+from qlora_kernels.backends.kept import requested
 from qlora_kernels.errors import argument_error, type_error
 from qlora_kernels.formats.operands import WeightOperands
 from qlora_kernels.nn.qlora_linear import QLoRALinear
@@ -194,7 +195,11 @@ class QLoRAGroup:
     ) -> tuple[torch.Tensor, ...]:
         first = self.members[next(iter(joined))]
         name, invariant = type(first).__name__, first.batch_invariant
-        return qlora_group_of(name, x, list(joined.values()), invariant, release)
+        arguments = (name, x, list(joined.values()), invariant, release)
+        if first.keep_dense and not torch.compiler.is_compiling():
+            with requested():
+                return qlora_group_of(*arguments)
+        return qlora_group_of(*arguments)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have no pending outputs: those belong to a graph."""

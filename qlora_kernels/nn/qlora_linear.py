@@ -10,6 +10,7 @@ from qlora_kernels.formats.format import Format
 from qlora_kernels.formats.quantized_weight import QuantizedWeight
 from qlora_kernels.nn.adapter import LoRAAdapter
 from qlora_kernels.nn.quantized_linear import QuantizedLinear, quantize_linear
+from qlora_kernels.ops.inference import run_inference
 
 
 class QLoRALinear(LoRAAdapter, QuantizedLinear):
@@ -108,6 +109,14 @@ class QLoRALinear(LoRAAdapter, QuantizedLinear):
         merged = self.merged
         if merged is not None:
             return self._merged_forward(merged, input)
+        dropout_p = self.dropout_p if self.training else 0.0
+        if dropout_p == 0.0 and not self.batch_invariant and not torch.is_grad_enabled():
+            weight = self.inference_weight()
+            if weight is not None:
+                adapter = (self.lora_a, self.lora_b, self.scaling)
+                y = run_inference(input, weight, self.bias, *adapter)
+                if y is not None:
+                    return y
         return qlora_linear_of(
             input,
             self.operands(),
@@ -115,7 +124,7 @@ class QLoRALinear(LoRAAdapter, QuantizedLinear):
             self.lora_b,
             self.scaling,
             self.bias,
-            self.dropout_p if self.training else 0.0,
+            dropout_p,
             self.batch_invariant,
             type(self).__name__,
         )

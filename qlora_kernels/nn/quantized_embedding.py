@@ -12,14 +12,15 @@ from qlora_kernels.formats.operands import WeightOperands
 from qlora_kernels.formats.quantized_weight import QuantizedWeight
 from qlora_kernels.nn.stored_weight import StoredWeight
 from qlora_kernels.ops import quantize
+from qlora_kernels.ops.library import nothing_traces
 
 
 class QuantizedEmbedding(StoredWeight, nn.Embedding):
     """Rows of Ŵ [num_embeddings, embedding_dim], dequantized as they are looked up.
 
-    Where embedding_dim is a multiple of the block size and the format is `Format.plain`, only the
-    rows that are asked for are decoded, bit for bit what they are in the whole table; otherwise all
-    of it is, for each call.
+    Of a format that is `Format.plain` only the blocks that hold the rows that are asked for are
+    decoded, bit for bit what they are in the whole table; of another one all of it is, for each
+    call.
 
     Attributes:
         weight, weight_*: the quantized table, frozen; see `StoredWeight`.
@@ -64,20 +65,62 @@ class QuantizedEmbedding(StoredWeight, nn.Embedding):
         return cls(qw, embedding.padding_idx).train(embedding.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Integer ids of any shape to [..., embedding_dim] in the dtype the table had."""
-        if self.embedding_dim % self.format.block_size or not self.format.plain:
-            return F.embedding(input, self.dequantize())
+        """Integer ids of any shape to [..., embedding_dim] in the dtype the table had.
+
+        Raises:
+            IndexError: an id outside 0 … num_embeddings - 1; on a GPU, and in a compiled graph, an
+                assertion.
+        """
         ids = input.reshape(-1)
-        rows: torch.Tensor = torch.ops.qlora_kernels.dequantize(*self._rows(ids), self.weight_dtype)
+        self._check_ids(ids)
+        if not self.format.plain:
+            return F.embedding(input, self.dequantize())
+        if self.embedding_dim % self.format.block_size:
+            return self._straddling_rows(ids).view(*input.shape, self.embedding_dim)
+        stored = self._plain_operands()
+        per_row = self.embedding_dim // stored.block_size
+        blocks = ids[:, None] * per_row + torch.arange(per_row, device=ids.device)
+        codes = stored.codes.view(self.num_embeddings, -1)[ids]
+        rows = self._decoded(codes, blocks)
         return rows.view(*input.shape, self.embedding_dim)
 
-    def _rows(self, ids: torch.Tensor) -> WeightOperands:
-        """The operands of the matrix that these rows make, with scales that are decoded."""
+    def _check_ids(self, ids: torch.Tensor) -> None:
+        """Indexing would take a negative id for one from the end."""
+        if ids.device.type == "cpu" and nothing_traces():
+            if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < self.num_embeddings):
+                raise IndexError(
+                    f"QuantizedEmbedding: ids must be in 0 … {self.num_embeddings - 1}, got "
+                    f"{int(ids.min())} … {int(ids.max())}"
+                )
+        else:
+            within = ((ids >= 0) & (ids < self.num_embeddings)).all()
+            torch._assert_async(within, "QuantizedEmbedding: an id is out of range")
+
+    def _plain_operands(self) -> WeightOperands:
         stored = self.operands()
         assert isinstance(stored, WeightOperands)  # the format is plain
-        per_row = self.embedding_dim // stored.block_size
-        codes = stored.codes.view(self.num_embeddings, -1)[ids].view(-1)
-        at = (ids[:, None] * per_row + torch.arange(per_row, device=ids.device)).view(-1)
+        return stored
+
+    def _straddling_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows [ids, embedding_dim] where they do not begin with a block: as many blocks as a
+        row can touch are decoded, and the row is cut out of them."""
+        stored, dim = self._plain_operands(), self.embedding_dim
+        size, device = stored.block_size, ids.device
+        count = (dim + size - 2) // size + 1
+        begin = ids * dim
+        blocks = (begin // size)[:, None] + torch.arange(count, device=device)
+        # The table ends with whatever its last block has, and a row there needs no block after it.
+        last = (self.num_embeddings * dim - 1) // size
+        bytes_ = blocks[:, :, None] * (size // 2) + torch.arange(size // 2, device=device)
+        codes = stored.codes[bytes_.clamp(max=stored.codes.numel() - 1)]
+        wide = self._decoded(codes, blocks.clamp(max=last))
+        columns = (begin % size)[:, None] + torch.arange(dim, device=device)
+        return wide.view(-1, count * size).gather(1, columns)
+
+    def _decoded(self, codes: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """The values [ids, elements] of codes [ids, …] whose scales are those of blocks
+        [ids, blocks], which are decoded here."""
+        stored, at = self._plain_operands(), blocks.view(-1)
         if stored.absmax is not None:
             scales = stored.absmax[at]
         else:
@@ -88,15 +131,18 @@ class QuantizedEmbedding(StoredWeight, nn.Embedding):
             decoded = nested.scale_codebook[nested.scale_codes[at].long()]
             scales = decoded * nested.scale_absmax[at // nested.scale_block_size]
             scales = scales + nested.scale_offset
-        return stored._replace(
-            codes=codes,
+        rows, elements = blocks.shape[0], blocks.shape[1] * stored.block_size
+        gathered = stored._replace(
+            codes=codes.reshape(-1),
             absmax=scales,
             scale_codes=None,
             scale_absmax=None,
             scale_offset=None,
             scale_codebook=None,
-            shape=(ids.numel(), self.embedding_dim),
+            shape=(rows, elements),
         )
+        values: torch.Tensor = torch.ops.qlora_kernels.dequantize(*gathered, self.weight_dtype)
+        return values
 
     def reset_parameters(self) -> None:
         """Nothing: a stored table is not drawn anew."""

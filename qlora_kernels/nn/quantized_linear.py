@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from qlora_kernels.autograd.quantized_matmul import quantized_linear_of
+from qlora_kernels.backends.kept import requested
 from qlora_kernels.errors import argument_error, type_error
 from qlora_kernels.formats.format import Format
 from qlora_kernels.formats.quantized_weight import QuantizedWeight
 from qlora_kernels.nn.stored_weight import StoredWeight
 from qlora_kernels.ops import quantize
+from qlora_kernels.ops.inference import run_inference
 
 
 class QuantizedLinear(StoredWeight, nn.Linear):
@@ -22,7 +24,10 @@ class QuantizedLinear(StoredWeight, nn.Linear):
         weight, weight_*: the quantized weight, frozen; see `StoredWeight`.
         bias: [N] or None, frozen as the weight is.
         batch_invariant: see `qlora_kernels.quantized_linear`.
+        keep_dense: see `keep_dense_weights`.
     """
+
+    keep_dense: bool = False
 
     def __init__(
         self, qw: QuantizedWeight, bias: torch.Tensor | None = None, batch_invariant: bool = False
@@ -80,6 +85,12 @@ class QuantizedLinear(StoredWeight, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """x [..., K] to [..., N]; see `compute`."""
+        if self.keep_dense and not torch.compiler.is_compiling():
+            with requested():
+                return self._answer(input)
+        return self._answer(input)
+
+    def _answer(self, input: torch.Tensor) -> torch.Tensor:
         group = self.__dict__.get("_group")
         if group is not None:
             output: torch.Tensor | None = group.output_of(self, input)
@@ -89,6 +100,11 @@ class QuantizedLinear(StoredWeight, nn.Linear):
 
     def compute(self, input: torch.Tensor) -> torch.Tensor:
         """x [..., K] to [..., N], by this layer alone; see `qlora_kernels.quantized_linear`."""
+        if not self.batch_invariant and not torch.is_grad_enabled():
+            weight = self.inference_weight()
+            y = None if weight is None else run_inference(input, weight, self.bias)
+            if y is not None:
+                return y
         return quantized_linear_of(
             input, self.operands(), self.bias, self.batch_invariant, type(self).__name__
         )
@@ -101,6 +117,25 @@ class QuantizedLinear(StoredWeight, nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self._format_repr()}"
         )
+
+
+def keep_dense_weights(model: nn.Module, keep: bool = True) -> int:
+    """Let the model's quantized linear layers keep the Ŵ that they dequantize for a forward until
+    its backward, which then dequantizes nothing. The results are the same to the bit.
+
+    For layers under activation checkpointing: only the layers of the segment that is recomputed
+    hold their Ŵ then, in x's dtype. Without checkpointing every layer of the model would. Kept is
+    what the CUDA kernels decode for many tokens and a backward that needs grad_x; elsewhere, and
+    while torch.compile traces, nothing changes. Not to be changed between a forward and its
+    backward.
+
+    Returns:
+        The number of layers that were set.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    for layer in layers:
+        layer.keep_dense = keep
+    return len(layers)
 
 
 def quantize_linear(

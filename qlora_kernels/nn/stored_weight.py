@@ -56,6 +56,8 @@ class StoredWeight(nn.Module):
         if len(qw.shape) != 2:
             raise argument_error(name, "qw", "2-D [out_features, in_features]", f"{qw.shape}")
         self.format: Format = qw.format
+        # Whether the stored tensors are what kernels take; asked on every forward.
+        self._is_plain = qw.format.plain and qw.format.scale_store in ("fp32", "double_quant")
         self.weight_shape: tuple[int, ...] = qw.shape
         self.weight_dtype = qw.dtype
         for field, parameter in _PARAMETERS.items():
@@ -82,7 +84,7 @@ class StoredWeight(nn.Module):
     def operands(self) -> WeightOperands | StoredOperands:
         """What the ops take."""
         held, fmt = self._parameters, self.format
-        if not fmt.plain or fmt.scale_store not in ("fp32", "double_quant"):
+        if not self._is_plain:
             codebook = _values(held["weight_codebook"])
             return assemble_operands(fmt, self.weight_shape, self._tensors(), codebook)
         # Spelled out, because it is on the path of every forward.
@@ -95,6 +97,26 @@ class StoredWeight(nn.Module):
             _values(held["weight_scale_offset"]) if nested else None,
             _values(held["weight_codebook"]),
             _values(held["weight_scale_codebook"]) if nested else None,
+            self.weight_shape,
+            fmt.block_size,
+            fmt.scale_block_size,
+        )
+
+    def inference_weight(self) -> tuple[Any, ...] | None:
+        """What `run_inference` takes: the parameters themselves, in the order of `operands`; None
+        where they are not plain tensors (a sharded weight), or not what kernels take."""
+        held, fmt = self._parameters, self.format
+        codes = held["weight"]
+        if type(codes) is not nn.Parameter or not self._is_plain:
+            return None
+        return (
+            codes,
+            held["weight_absmax"],
+            held["weight_scale_codes"],
+            held["weight_scale_absmax"],
+            held["weight_scale_offset"],
+            held["weight_codebook"],
+            held["weight_scale_codebook"],
             self.weight_shape,
             fmt.block_size,
             fmt.scale_block_size,

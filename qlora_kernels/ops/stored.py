@@ -152,7 +152,7 @@ def _fake_matmul(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     f"stored_matmul(Tensor x, {STORED}, Tensor? bias=None, bool batch_invariant=False) -> Tensor",
     _fake_matmul,
 )
-def _stored_matmul(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+def run_stored_matmul(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     stored = _operands_of(arguments)
     bias, batch_invariant = _rest(arguments, None, False)
     operands = kernel_part(stored)
@@ -168,7 +168,7 @@ def _fake_backward_input(grad_y: torch.Tensor, *arguments: Any) -> torch.Tensor:
 
 
 @define(f"stored_matmul_backward_input(Tensor grad_y, {STORED}) -> Tensor", _fake_backward_input)
-def _stored_matmul_backward_input(grad_y: torch.Tensor, *arguments: Any) -> torch.Tensor:
+def run_stored_matmul_backward_input(grad_y: torch.Tensor, *arguments: Any) -> torch.Tensor:
     stored = _operands_of(arguments)
     operands = kernel_part(stored)
     if operands is None:
@@ -189,7 +189,7 @@ def _fake_qlora(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.T
     "-> (Tensor, Tensor)",
     _fake_qlora,
 )
-def _stored_qlora_linear(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def run_stored_qlora_linear(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     stored = _operands_of(arguments)
     lora_a, lora_b, scaling, bias, dropout_p, seed, batch_invariant = _rest(
         arguments, None, None, None, None, 0.0, None, False
@@ -225,7 +225,7 @@ def _fake_qlora_backward(
     "-> (Tensor, Tensor, Tensor)",
     _fake_qlora_backward,
 )
-def _stored_qlora_linear_backward(
+def run_stored_qlora_linear_backward(
     grad_y: torch.Tensor, x: torch.Tensor, xa: torch.Tensor, *arguments: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     stored = _operands_of(arguments)

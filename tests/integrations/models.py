@@ -28,8 +28,8 @@ _SIZES: dict[str, Any] = {
 
 
 def make(name: str, *, seed: int = 0, **changes: Any) -> nn.Module:
-    """A model of family `name` in eval mode: llama, mistral, qwen2, mixtral, qwen2_moe, gpt2, t5 or
-    bert."""
+    """A model of family `name` in eval mode: llama, mistral, qwen2, mixtral, qwen2_moe, gpt_oss,
+    llama4, gpt2, t5, bert, roberta or distilbert."""
     torch.manual_seed(seed)
     sizes = {**_SIZES, **changes}
     if name == "llama":
@@ -55,6 +55,29 @@ def make(name: str, *, seed: int = 0, **changes: Any) -> nn.Module:
             num_experts_per_tok=2,
         )
         return transformers.Qwen2MoeForCausalLM(config).eval()
+    if name in ("gpt_oss", "llama4"):
+        sizes |= {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+        if name == "gpt_oss":
+            experts = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes)).eval()
+        else:
+            config = transformers.Llama4TextConfig(
+                **sizes, intermediate_size_mlp=128, interleave_moe_layer_step=1
+            )
+            experts = transformers.Llama4ForCausalLM(config).eval()
+        for parameter_name, parameter in experts.named_parameters():
+            if ".experts." in parameter_name:  # biases and some weights begin as zeros
+                torch.nn.init.normal_(parameter, std=0.1)
+        return experts
+    if name == "distilbert":
+        config = transformers.DistilBertConfig(
+            vocab_size=VOCABULARY,
+            dim=64,
+            hidden_dim=128,
+            n_layers=2,
+            n_heads=4,
+            max_position_embeddings=64,
+        )
+        return transformers.DistilBertModel(config).eval()
     if name == "gpt2":
         config = transformers.GPT2Config(
             vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64, **changes
@@ -72,8 +95,10 @@ def make(name: str, *, seed: int = 0, **changes: Any) -> nn.Module:
             **changes,
         )
         return transformers.T5ForConditionalGeneration(config).eval()
-    assert name == "bert", name
     del sizes["num_key_value_heads"]
+    if name == "roberta":
+        return transformers.RobertaModel(transformers.RobertaConfig(**sizes)).eval()
+    assert name == "bert", name
     return transformers.BertModel(transformers.BertConfig(**sizes)).eval()
 
 
@@ -90,8 +115,9 @@ def saved(model: nn.Module, folder: Path) -> str:
     return path
 
 
-def in_4bit(path: str, **changes: Any) -> nn.Module:
-    """The checkpoint loaded by transformers with stock bitsandbytes layers."""
+def in_4bit(path: str, dtype: torch.dtype | str = "auto", **changes: Any) -> nn.Module:
+    """The checkpoint loaded by transformers with stock bitsandbytes layers, which are in training
+    mode: else they compute in bf16 on a CPU that has products of it, and repack their weights."""
     pytest.importorskip("bitsandbytes", reason="in the bnb extra")
     options: dict[str, Any] = {
         "load_in_4bit": True,
@@ -101,7 +127,13 @@ def in_4bit(path: str, **changes: Any) -> nn.Module:
         **changes,
     }
     config = transformers.BitsAndBytesConfig(**options)
-    return transformers.AutoModelForCausalLM.from_pretrained(path, quantization_config=config)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=config, dtype=dtype
+    )
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.train()
+    return model
 
 
 def loss_and_gradients(

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import qlora_kernels as qlk
 from qlora_kernels.integrations.bitsandbytes import (
+    HELD_OPERANDS,
     PatchReport,
     operands_of,
     quantized_weight_of,
+)
+from qlora_kernels.reference.blockwise import (
+    dequantize_blockwise_reference,
+    quantize_blockwise_reference,
 )
 
 bnb = pytest.importorskip("bitsandbytes", reason="in the bnb extra")
@@ -125,7 +132,8 @@ def test_patch_is_undone_and_repeatable() -> None:
     before = stock(packed, state.absmax, 64, "nf4", w.shape, torch.float32)
     report = qlk.patch_bitsandbytes()
     assert report == qlk.patch_bitsandbytes()
-    assert {"bitsandbytes::gemm_4bit", "bitsandbytes::quantize_4bit"} <= set(report.overridden)
+    names = ("gemm_4bit", "quantize_4bit", "quantize_blockwise", "dequantize_blockwise")
+    assert {f"bitsandbytes::{name}" for name in names} <= set(report.overridden)
     for name in (*report.overridden, *report.left):
         assert name in str(report)
     with qlk.backend("reference"):
@@ -182,22 +190,138 @@ def test_fp16_gemv_rounds_the_weight_as_bitsandbytes_defines_it(
     assert torch.equal(F.gemv_4bit(x, packed.t(), state=state), wanted)
 
 
-def test_eight_bit_ops_are_left_to_bitsandbytes(patched: PatchReport) -> None:
-    """Its kernels are as exact: decoding is equal to the bit, for every dtype and odd blocks."""
-    left = {"bitsandbytes::quantize_blockwise", "bitsandbytes::dequantize_blockwise"}
-    assert set(patched.left) == left and not left & set(patched.overridden)
-    values = torch.randn(3, 333, generator=torch.Generator().manual_seed(3))
+def tables() -> dict[str, torch.Tensor]:
+    shuffled = torch.randperm(256, generator=torch.Generator().manual_seed(1))
+    return {
+        "dynamic": F.create_dynamic_map(),
+        "unsigned": F.create_dynamic_map(signed=False),
+        "linear": F.create_linear_map(),
+        "fp8": F.create_fp8_map(True, 4, 3, 8),
+        "in any order": F.create_dynamic_map()[shuffled],
+    }
+
+
+def blockwise_cases() -> Iterator[tuple[torch.Tensor, int]]:
+    generator = torch.Generator().manual_seed(3)
+    for shape, block_size in (((3, 333), 64), ((7, 1001), 100), ((1,), 256), ((0,), 64)):
+        yield torch.randn(shape, generator=generator), block_size
+    values = torch.randn(9000, generator=generator)
+    values[:4096], values[4096], values[8999] = 0.0, torch.nan, torch.inf
+    yield values, 1024
+    yield torch.randn(2, 5000, generator=generator).t() * 1e-39, 8192
+
+
+@pytest.mark.parametrize("table", tables())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_eight_bit_ops_are_the_reference_to_the_bit(
+    patched: PatchReport, table: str, dtype: torch.dtype
+) -> None:
+    code, ops = tables()[table], torch.ops.bitsandbytes
+    entries, order = code.sort(stable=True)
+    for values, block_size in blockwise_cases():
+        values = values.to(dtype)
+        codes, absmax = ops.quantize_blockwise(values, code, block_size)
+        wanted, scales = quantize_blockwise_reference(values, entries, block_size)
+        assert codes.shape == values.shape and torch.equal(order[wanted.long()], codes.long())
+        assert torch.equal(absmax.nan_to_num(), scales.nan_to_num())
+        assert torch.equal(absmax.isnan(), scales.isnan())
+        decoded = ops.dequantize_blockwise(codes, absmax, code, block_size, dtype)
+        dense = dequantize_blockwise_reference(codes, absmax, code, block_size, dtype)
+        torch.testing.assert_close(decoded, dense, rtol=0, atol=0, equal_nan=True)
+        into = torch.empty_like(decoded)
+        ops.dequantize_blockwise.out(codes, absmax, code, block_size, dtype, into)
+        torch.testing.assert_close(into, dense, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_tie_goes_to_the_lower_entry_and_zeros_to_zero(patched: PatchReport) -> None:
+    code = F.create_linear_map()
+    midpoints = (code[:-1] + code[1:]) * 0.5
+    values = torch.cat([midpoints, torch.ones(1)])  # absmax 1: they are normalised as they are
+    codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(values, code, 256)
+    assert absmax.tolist() == [1.0] and torch.equal(codes[:255].long(), torch.arange(255))
+    codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(torch.zeros(70), code, 64)
+    assert absmax.tolist() == [0.0, 0.0] and torch.all(code[codes.long()] == 0)
+
+
+def test_every_level_of_the_machine_gives_the_same_codes() -> None:
+    from qlora_kernels.backends.cpu.blockwise import (
+        dequantize_blockwise_cpu,
+        quantize_blockwise_cpu,
+    )
+    from qlora_kernels.backends.cpu.common import machine_isa
+
     code = F.create_dynamic_map()
-    for block_size in (64, 100, 256):
-        codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(values, code, block_size)
-        blocks = values.view(-1).split(block_size)
-        assert torch.equal(absmax, torch.stack([block.abs().max() for block in blocks]))
-        scale = absmax.repeat_interleave(block_size)[: values.numel()].view(values.shape)
-        for dtype in DTYPES:
-            got = torch.ops.bitsandbytes.dequantize_blockwise(
-                codes, absmax, code, block_size, dtype
-            )
-            assert torch.equal(got, (code[codes.long()] * scale).to(dtype))
-        # A code is the nearest or its neighbour.
-        nearest = (values[..., None] - code * scale[..., None]).abs().argmin(dim=-1)
-        assert int((codes.long() - nearest).abs().max()) <= 1
+    for values, block_size in blockwise_cases():
+        wanted, _ = quantize_blockwise_reference(values, code, block_size)
+        for isa in range(machine_isa() + 1):
+            codes, absmax = quantize_blockwise_cpu(values, code, block_size, isa)
+            assert torch.equal(codes, wanted)
+            for dtype in DTYPES:
+                got = dequantize_blockwise_cpu(codes, absmax, code, block_size, dtype, isa)
+                dense = dequantize_blockwise_reference(codes, absmax, code, block_size, dtype)
+                torch.testing.assert_close(got, dense, rtol=0, atol=0, equal_nan=True)
+
+
+def test_eight_bit_optimizers_train_as_they_did() -> None:
+    """On CPUs their states are quantized by these ops; stock takes a neighbouring code at times."""
+
+    def trained() -> torch.Tensor:
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(64, 128))
+        optimizer = bnb.optim.AdamW8bit([weight], lr=1e-2, min_8bit_size=0)
+        for _ in range(3):
+            weight.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return weight.detach()
+
+    stock = trained()
+    qlk.patch_bitsandbytes()
+    try:
+        # Three steps of 0.01: a code next to the nearest one moves a weight by a part of a step.
+        difference = (trained() - stock).abs()
+        assert float(difference.max()) < 0.03 and float(difference.mean()) < 1e-3
+    finally:
+        qlk.unpatch_bitsandbytes()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_kept_operands_are_of_the_tensors_that_are_there(nested: bool) -> None:
+    """A layer that has run sees other tensors, and other values in the same ones."""
+    torch.manual_seed(12)
+
+    def layer() -> Any:
+        options = {"compress_statistics": nested, "quant_type": "nf4"}
+        made = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32, **options)
+        return made.to("cpu").requires_grad_(False)
+
+    one, other, x = layer(), layer(), torch.randn(2, 128)
+    fused = copy.deepcopy(one)
+    qlk.accelerate(nn.Sequential(fused), verbose=False)
+
+    def check(stock: Any) -> None:
+        with torch.no_grad():
+            wanted = stock(x)
+            assert (fused(x) - wanted).norm() < 1e-6 * wanted.norm()
+
+    check(one)
+    fused.weight.data = other.weight.data.clone()
+    one.weight.data = other.weight.data
+    check(one)
+    for name in ("absmax", "code", "offset", "state2"):  # another tensor, or nothing
+        for target in (one, fused):
+            value = copy.deepcopy(getattr(other.weight.quant_state, name))
+            setattr(target.weight.quant_state, name, value)
+        check(one)
+    second = fused.weight.quant_state.state2
+    if second is not None:
+        one.weight.quant_state.state2.absmax = 2 * second.absmax
+        second.absmax = 2 * second.absmax
+        check(one)
+    for target in (one, fused):
+        target.weight.data.zero_()
+    check(one)
+    # What is kept is no part of the layer: neither copied nor left behind.
+    assert HELD_OPERANDS in fused.__dict__
+    assert HELD_OPERANDS not in copy.deepcopy(fused).__dict__
+    assert qlk.deaccelerate(nn.Sequential(fused)) == 1 and HELD_OPERANDS not in fused.__dict__

@@ -193,6 +193,115 @@ def test_shards_and_an_interruption(
     )
 
 
+def test_every_moment_of_a_kill_can_be_gone_on_from(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = convert(llama, tmp_path / "whole")
+    assert not (whole / module.SETTINGS).exists()
+    # Before its settings are written, and amid that.
+    early = tmp_path / "early.partial"
+    early.mkdir()
+    (early / ".conversion.json.x.tmp").write_text("{")
+    assert same(convert(llama, tmp_path / "early"), whole)
+    assert not list((tmp_path / "early").glob(".*"))
+    # After the folder got its name, before the settings are gone.
+    late = tmp_path / "late"
+    unlink = Path.unlink
+
+    def killed(path: Path, **options: Any) -> None:
+        if path.name == module.SETTINGS:
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        convert(llama, late)
+    monkeypatch.undo()
+    assert (late / module.SETTINGS).exists()
+    with pytest.raises(qlk.errors.ArgumentError, match="DST must be a folder that does not exist"):
+        convert(llama, late, format="int4")
+    assert same(convert(llama, late), whole)
+    assert not (late / module.SETTINGS).exists()
+
+
+def test_block_sizes_of_bitsandbytes(llama: str, tmp_path: Path) -> None:
+    stock = convert(llama, tmp_path / "stock", to="bitsandbytes", block_size=128)
+    ours = convert(stock, tmp_path / "ours")
+    assert same(ours, convert(llama, tmp_path / "wanted", block_size=128))
+    assert Auto.from_pretrained(ours).config.quantization_config.block_size == 128
+    assert same(convert(ours, tmp_path / "again", to="bitsandbytes"), stock)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4"])
+def test_transposed_experts(name: str, tmp_path: Path) -> None:
+    path = saved(make(name), tmp_path)
+    model = Auto.from_pretrained(path, quantization_config=qlk.QLoRAKernelsConfig())
+    model.save_pretrained(tmp_path / "wanted")
+    got = convert(path, tmp_path / "got")
+    assert same(got, tmp_path / "wanted")
+    back = Auto.from_pretrained(convert(got, tmp_path / "back", to="dense", dtype=torch.float32))
+    wanted = dict(model.dequantize().named_parameters())
+    assert all(torch.equal(p, wanted[n]) for n, p in back.named_parameters())
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+def test_sources_that_do_not_fit_are_named(llama: str, tmp_path: Path) -> None:
+    """Before anything is written: the tensor, and the file it is in or should be."""
+
+    def edited(source: Any, name: str, edit: Any) -> Path:
+        folder = Path(shutil.copytree(source, tmp_path / name))
+        held = tensors(folder)
+        edit(held)
+        save_file(held, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    def refused(source: Path, pattern: str, **options: Any) -> None:
+        with pytest.raises(qlk.errors.CheckpointError, match=pattern):
+            convert(source, tmp_path / "out", **options)
+        assert not list(tmp_path.glob("out/*")) and not list(tmp_path.glob("out.*/model*"))
+        shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+
+    ours = convert(llama, tmp_path / "ours")
+    lacking = edited(llama, "lacking", lambda held: held.pop(f"{UP}.weight"))
+    refused(lacking, f"lacking lacks {UP}$")
+    refused(lacking, f"lacking lacks {UP}$", to="dense")
+    narrow = edited(llama, "narrow", lambda h: h.update({f"{UP}.weight": torch.zeros(3, 64)}))
+    refused(narrow, rf"narrow\S*safetensors has {UP}\.weight as \(3, 64\), its config \(160, 64\)")
+    for end in ("weight", "weight_scale_absmax"):
+        part = edited(ours, f"no {end}", lambda held, end=end: held.pop(f"{UP}.{end}"))
+        refused(part, rf"lacks {UP}\.{end}$", to="dense")
+    file = Path(shutil.copytree(ours, tmp_path / "foreign")) / "config.json"
+    fields = json.loads(file.read_text())
+    fields["quantization_config"]["block_size"] = 128
+    file.write_text(json.dumps(fields))
+    refused(file.parent, r"elements of \S*weight_scale_codes, .* block size 128", to="dense")
+    nan = edited(llama, "nan", lambda held: held[f"{UP}.weight"][3, 4].fill_(torch.nan))
+    refused(nan, rf"convert: {UP}\.weight in \S*nan/model\.safetensors: .*finite")
+
+
+def test_what_cannot_be_written_is_named(
+    llama: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    resource = pytest.importorskip("resource", reason="limits on file sizes are POSIX's")
+    (tmp_path / "file").write_text("")
+    assert cli.main(["convert", llama, str(tmp_path / "file" / "out"), "--quiet"]) == 1
+    assert "file/out.partial cannot be written: Not a directory" in capfd.readouterr().err
+    target, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        assert cli.main(["convert", llama, str(target), "--quiet"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    wanted = f"error: convert: {target}.partial/model.safetensors cannot be written: File too large"
+    assert wanted in capfd.readouterr().err
+    assert cli.main(["convert", llama, str(target), "--quiet"]) == 0
+    for size in ("-1", "0", "nan"):
+        assert cli.main(["convert", llama, str(target), "--shard-size", size]) == 2
+        assert "--shard-size must be" in capfd.readouterr().err
+
+
 def test_what_is_refused(llama: str, tmp_path: Path) -> None:
     with pytest.raises(qlk.errors.ArgumentError, match="DST must be a folder that does not exist"):
         convert(llama, tmp_path)

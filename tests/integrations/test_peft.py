@@ -170,6 +170,21 @@ def test_merge_and_unload_gives_back_quantized_layers(llama: str) -> None:
     assert torch.equal(plain(ids).logits, merged)
 
 
+def test_what_would_change_stored_bytes_is_refused_beforehand(llama: str) -> None:
+    """PEFT would multiply the packed codes of one layer after another."""
+    model = quantized(llama)
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    targets = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    tuned = peft.get_peft_model(model, peft.IA3Config(**targets))
+    with pytest.raises(qlk.errors.ArgumentError, match=r"the adapter of .*k_proj must be over"):
+        tuned.merge_adapter()
+    now = {name.replace("base_layer.", ""): tensor for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(now[name], stored[name]) for name in stored)
+    model = quantized(llama)
+    with pytest.raises(qlk.errors.ArgumentError, match="modules_to_save must be of dense layers"):
+        adapted(model, target_modules=["q_proj"], modules_to_save=["k_proj"])
+
+
 def test_dora_runs_and_merges(llama: str) -> None:
     model, twin = adapted(quantized(llama), use_dora=True), dense_twin(llama, use_dora=True)
     twin.load_state_dict(

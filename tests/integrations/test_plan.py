@@ -10,6 +10,7 @@ import torch
 import qlora_kernels as qlk
 from qlora_kernels import cli
 from qlora_kernels.finetune.optimizers import OPTIMIZERS as CHOICES
+from qlora_kernels.integrations.experts import is_experts, make_quantized, projections_of
 from qlora_kernels.integrations.plan import OPTIMIZERS, SHAPES, Plan, config_of, plan_memory
 from qlora_kernels.testing.live_memory import LiveMemory
 from tests.integrations.models import transformers
@@ -31,8 +32,14 @@ def measured_peak(
 ) -> tuple[int, int]:
     """Bytes that live through a step, and at its peak."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(shape, dtype=dtype).train()
-    qlk.replace_linear(model, rank=16, dropout=dropout)
+    model = transformers.AutoModelForCausalLM.from_config(shape, dtype=dtype)
+    for module in model.modules():
+        if is_experts(module):
+            dense = {name: getattr(module, name) for name in projections_of(module)}
+            make_quantized(module, qlk.get_format("nf4"), dtype)
+            for name, stack in dense.items():
+                module.hold(name, [qlk.quantize(matrix, "nf4") for matrix in stack])
+    qlk.replace_linear(model.train(), rank=16, dropout=dropout)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     if checkpointing:
@@ -58,9 +65,15 @@ def measured_peak(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("vocabulary", "dropout"), [(512, 0.0), (4000, 0.1)])
+@pytest.mark.parametrize(
+    ("checkpointing", "dtype", "vocabulary", "dropout"),
+    [  # every two of the choices together
+        (False, torch.float32, 512, 0.0),
+        (True, torch.float32, 4000, 0.1),
+        (False, torch.bfloat16, 4000, 0.1),
+        (True, torch.bfloat16, 512, 0.0),
+    ],
+)
 def test_plan_is_within_a_tenth_of_a_real_step(
     checkpointing: bool, vocabulary: int, dropout: float, dtype: torch.dtype
 ) -> None:
@@ -75,6 +88,29 @@ def test_plan_is_within_a_tenth_of_a_real_step(
         checkpointing=checkpointing,
     )
     lasting, peak = measured_peak(shape, checkpointing, dropout, dtype)
+    planned = plan.codes + plan.scales + plan.dense + plan.adapters + plan.optimizer
+    assert planned == pytest.approx(lasting, rel=0.01)
+    assert plan.total == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_plan_of_a_mixture_is_within_a_tenth_of_a_real_step(checkpointing: bool) -> None:
+    """Experts are quantized and adapted; each is planned to get its share of the tokens."""
+    shape = transformers.MixtralConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=344,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    options = {"batch": 4, "seq_len": 64, "rank": 16, "dtype": torch.float32}
+    plan = plan_memory(shape, checkpointing=checkpointing, **options)
+    experts = 3 * 4 * 3 * 256 * 344
+    assert plan.codes == (experts + 3 * 2 * 256 * (256 + 128)) // 2
+    lasting, peak = measured_peak(shape, checkpointing, 0.0, torch.float32)
     planned = plan.codes + plan.scales + plan.dense + plan.adapters + plan.optimizer
     assert planned == pytest.approx(lasting, rel=0.01)
     assert plan.total == pytest.approx(peak, rel=0.1)
@@ -111,6 +147,14 @@ def test_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*command, "--card", "0.001"]) == 1
     assert "does not fit 0.001 GiB" in capsys.readouterr().out
     assert str(Plan(2**30, 0, 0, 0, 0, 0, 0, 0)).startswith("codes            1.00 GiB")
+    assert str(Plan(2**19, 0, 0, 0, 0, 0, 0, 0)).startswith("codes            0.50 MiB")
+    assert "0.00 MiB" not in out.split("total")[1]
+    assert cli.main([*command, "--batch", "0"]) == 2
+    assert "plan: batch must be at least 1, got 0" in capsys.readouterr().err
+    transformers.T5Config().save_pretrained(tmp_path)
+    assert cli.main(command) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: plan: MODEL must be a causal language model") and len(err) < 200
 
 
 def test_table_beside_the_papers_numbers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -177,22 +177,8 @@ def test_bitsandbytes_checkpoints_both_ways(
     assert type(reread.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
     qlk.accelerate(reread, verbose=False)
     assert torch.equal(reread(tokens()).logits, ours(tokens()).logits)
-
-
-def test_bitsandbytes_logits_equal_stock_where_stock_is_right(tmp_path: Path) -> None:
-    """Its CPU path dequantizes and calls torch's matmul, which is what the reference does."""
-    stock = in_4bit(saved(make("llama"), tmp_path))
-    stock.save_pretrained(tmp_path / "stock")
-    path = str(tmp_path / "stock")
-    ours = Auto.from_pretrained(path, config=qlk.QLoRAKernelsConfig.adopt(path))
-    with qlk.backend("reference"):
-        assert torch.equal(ours(tokens()).logits, stock(tokens()).logits)
-    # For many fp32 tokens the CPU kernels decode for the same product; for few, and where torch
-    # would multiply half-precision weights, they add up in an order (and precision) of their own.
-    many = tokens(2, 60)
-    assert torch.equal(ours(many).logits, stock(many).logits)
-    few = tokens(1, 2)
-    assert relative_error(ours(few).logits, stock(few).logits) < 1e-6
+    reread.save_pretrained(tmp_path / "third")  # which stock transformers does not manage
+    assert same_files(tmp_path / "stock", tmp_path / "third")
 
 
 def test_a_model_quantized_here_is_written_for_bitsandbytes(llama: str, tmp_path: Path) -> None:

@@ -52,6 +52,18 @@ def test_every_linear_that_can_be_is_replaced_and_the_others_are_named() -> None
     assert "5 linear layers replaced, 3 skipped" in text and "lm_head: skipped" in text
 
 
+def test_what_a_model_keeps_in_fp32_is_left_alone() -> None:
+    """T5 casts what it gives `wo` to the dtype of wo's weight."""
+    model = nn.Module()
+    model.block = Tiny()
+    model.block._keep_in_fp32_modules = {"k_proj"}
+    report = replace_linear(model, rank=4)
+    assert "keeps it in fp32" in report.skipped["block.attention.k_proj"]
+    assert "block.attention.q_proj" in report.replaced
+    report = replace_linear(model, rank=4, quantize=False)
+    assert report.replaced == {"block.attention.k_proj": "LoRALinear"}
+
+
 def test_plain_lora_keeps_the_very_weights() -> None:
     model = Tiny()
     weight = model.mlp[0].weight
