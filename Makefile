@@ -45,8 +45,14 @@ demo: $(STAMPS)/package
 	@QLK_BUILD_CUDA=$(DEMO_CUDA) $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python -m qlora_kernels finetune
 
+# Files of tests in several processes: most of them wait for Python or a compiler. Threads of kernels
+# then share cores, and must not spin while they wait for each other.
+TEST_PROCESSES ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); \
+  echo $$((cores < 4 ? 2 : cores < 16 ? cores / 2 : 8)))
+
 test: $(STAMPS)/test build
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile \
+	  --no-loadscope-reorder $(PYTEST_ARGS)
 
 bench: $(STAMPS)/test build
 	$(BIN)/python -m bench.run $(BENCH_ARGS)

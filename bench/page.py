@@ -22,10 +22,28 @@ figure svg { width: 100%; height: auto; } figcaption, .note { color: #555; font-
 """
 
 
-def page(material: Material, drawn: Sequence[tuple[str, str, bytes]]) -> str:
-    """The page; `drawn` holds (heading, caption, SVG)."""
-    parts = ["<h1>qlora_kernels: measurements</h1>", machines_html(material)]
-    parts += [stages_html(material), refused_html(material)]
+Drawn = Sequence[tuple[str, str, bytes]]
+
+
+def page(materials: Sequence[Material], drawn: Sequence[Drawn]) -> str:
+    """The page; `drawn` holds (heading, caption, SVG) of every machine's figures."""
+    parts = ["<h1>qlora_kernels: measurements</h1>", machines_html(materials)]
+    for material, figures in zip(materials, drawn, strict=True):
+        if len(materials) > 1:
+            parts.append(f"<h1>{html.escape(material.machine)}</h1>")
+        parts += machine_parts(material, figures)
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>qlora_kernels: measurements</title><style>{STYLE}</style></head>"
+        f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def machine_parts(material: Material, drawn: Drawn) -> list[str]:
+    """What one machine has measured."""
+    parts = [stages_html(material), refused_html(material)]
     for heading, caption, svg in drawn:
         if heading:
             parts.append(f"<h2>{html.escape(heading)}</h2>")
@@ -35,14 +53,7 @@ def page(material: Material, drawn: Sequence[tuple[str, str, bytes]]) -> str:
         image = image.replace("<svg", f'<svg role="img" aria-label="{described}"', 1)
         note = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
         parts.append(f"<figure>{image}{note}</figure>")
-    parts += [rows_html(material), points_html(material), missing_html(material)]
-    body = "\n".join(part for part in parts if part)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>qlora_kernels: measurements</title><style>{STYLE}</style></head>"
-        f"<body>\n{body}\n</body></html>\n"
-    )
+    return [*parts, rows_html(material), points_html(material), missing_html(material)]
 
 
 def table_html(head: Sequence[str], rows: Sequence[Sequence[object]], numbers: int = 1) -> str:
@@ -62,10 +73,10 @@ def table_html(head: Sequence[str], rows: Sequence[Sequence[object]], numbers: i
     return f'<div class="scroll"><table><tr>{top}</tr>{"".join(lines)}</table></div>'
 
 
-def machines_html(material: Material) -> str:
+def machines_html(materials: Sequence[Material]) -> str:
     """What it was measured on."""
     rows = []
-    for name, machine in material.machines.items():
+    for name, machine in (pair for m in materials for pair in m.machines.items()):
         versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
         gpu = machine.get("gpu") or {}
         where = f"{machine['cores']} cores, {machine['isa']}, {machine['threads']} threads"

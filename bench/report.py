@@ -24,8 +24,15 @@ CURVES_AT_LEAST, MOST_CROSSOVERS = 3, 12
 
 @dataclass
 class Material:
-    """What the records hold, by what it is shown as; `runs`: points with their run's ceilings."""
+    """What the records of one machine hold, by what it is shown as.
 
+    Attributes:
+        machine: its name, which every figure bears: times of two machines share no chart.
+        machines: what it is, by its name and commit.
+        runs: points with their run's ceilings.
+    """
+
+    machine: str
     machines: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     points: list[dict[str, Any]] = field(default_factory=list)
@@ -34,14 +41,19 @@ class Material:
     runs: list[tuple[list[dict[str, Any]], Mapping[str, Any]]] = field(default_factory=list)
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def shows(self) -> bool:
+        """Whether there is anything in it beside the machine."""
+        return bool(self.rows or self.points or self.stages or self.refused)
 
-def read(paths: Sequence[Path]) -> Material:
-    """Everything in records and folders of them.
+
+def read(paths: Sequence[Path]) -> list[Material]:
+    """Everything in records and folders of them, machine by machine.
 
     Raises:
         ArgumentError: no such file, or nothing in it that can be shown.
     """
-    material = Material()
+    records: list[tuple[Path, Mapping[str, Any]]] = []
     for path in paths:
         files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
         for file in files:
@@ -52,21 +64,45 @@ def read(paths: Sequence[Path]) -> Material:
                     "report", "record", "readable JSON", f"{file}: {error}"
                 ) from error
             if isinstance(content, dict):
-                _take(content, material)
-    if not (material.rows or material.points or material.stages or material.refused):
-        shown = ", ".join(map(str, paths))
-        raise argument_error("report", "record", "one of bench.run or bench.on_gpu", shown)
-    return material
+                records.append((file, content))
+    # The stages of a GPU run are in a folder, and one of them says what the machine is.
+    in_folder: dict[Path, set[str]] = {}
+    for file, content in records:
+        if (machine := _machine_in(content)) is not None:
+            in_folder.setdefault(file.parent, set()).add(machine_name(machine))
+    found: dict[str, Material] = {}
+    for file, content in records:
+        machine, beside = _machine_in(content), in_folder.get(file.parent, set())
+        if machine is not None:
+            name = machine_name(machine)
+        else:
+            name = next(iter(beside)) if len(beside) == 1 else file.resolve().parent.name
+        _take(content, found.setdefault(name, Material(name)))
+    shown = [material for material in found.values() if material.shows]
+    if not shown:
+        names = ", ".join(map(str, paths))
+        raise argument_error("report", "record", "one of bench.run or bench.on_gpu", names)
+    return shown
+
+
+def machine_name(machine: Mapping[str, Any]) -> str:
+    """A GPU's name; a CPU's with the instruction set, which its name does not tell, and threads."""
+    gpu = (machine.get("gpu") or {}).get("name")
+    return gpu or f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads"
+
+
+def _machine_in(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    inner = content.get("content", {}) if "stage" in content else content
+    machine = inner.get("machine")
+    return machine if isinstance(machine, dict) else None
 
 
 def _take(content: Mapping[str, Any], material: Material) -> None:
+    if (machine := _machine_in(content)) is not None:
+        material.machines[f"{material.machine}, commit {machine['commit']}"] = machine
     if "stage" in content:
         material.stages[content["stage"]] = dict(content)
         content = content["content"]
-    if isinstance(content.get("machine"), dict):
-        machine = content["machine"]
-        name = (machine.get("gpu") or {}).get("name") or machine["cpu"]
-        material.machines[f"{name}, commit {machine['commit']}"] = machine
     for name in ("rows", "points", "skipped", "refused"):
         # Stages have figures of their own under some of these names.
         if isinstance(content.get(name), list):
@@ -220,7 +256,7 @@ def _stage_rows(material: Material, stage: str) -> list[tuple[str, dict[str, Any
     return list(content.get("rows", {}).items())
 
 
-def write(material: Material, out: Path) -> list[Path]:
+def write(materials: Sequence[Material], out: Path) -> list[Path]:
     """The page and the plots as PNG files; returns their paths.
 
     Raises:
@@ -234,13 +270,17 @@ def write(material: Material, out: Path) -> list[Path]:
         ) from error
     out.mkdir(parents=True, exist_ok=True)
     paths, drawn = [], []
-    for stem, heading, caption, figure in figures_of(material):
-        drawn.append((heading, caption, figures.picture(figure, "svg")))
-        path = out / f"{stem}.png"
-        write_atomically(path, [figures.picture(figure, "png")])
-        paths.append(path)
+    for number, material in enumerate(materials):
+        pictures = []
+        for stem, heading, caption, figure in figures_of(material):
+            figure.suptitle(material.machine, fontsize=9)
+            pictures.append((heading, caption, figures.picture(figure, "svg")))
+            path = out / (f"{stem}.png" if number == 0 else f"machine-{number + 1}-{stem}.png")
+            write_atomically(path, [figures.picture(figure, "png")])
+            paths.append(path)
+        drawn.append(pictures)
     path = out / "report.html"
-    write_text(path, page(material, drawn))
+    write_text(path, page(materials, drawn))
     return [path, *paths]
 
 

@@ -22,6 +22,7 @@ from qlora_kernels.nn import (
     QuantizedEmbedding,
     QuantizedLinear,
     group_projections,
+    keep_dense_weights,
     load_adapter,
     lora_parameters,
     replace_linear,
@@ -41,6 +42,9 @@ _LAZY = {
     "patch_bitsandbytes": "qlora_kernels.integrations.bitsandbytes",
     "unpatch_bitsandbytes": "qlora_kernels.integrations.bitsandbytes",
 }
+
+
+importlib.import_module("qlora_kernels.integrations.autoload").register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:
@@ -70,6 +74,7 @@ __all__ = [
     "get_format",
     "group_projections",
     "initialize_adapters",
+    "keep_dense_weights",
     "list_formats",
     "load_adapter",
     "lora_parameters",

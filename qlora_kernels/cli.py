@@ -11,10 +11,10 @@ from typing import NoReturn
 
 from qlora_kernels import info
 from qlora_kernels.finetune import command as finetune
+from qlora_kernels.formats.definitions import import_definitions
 from qlora_kernels.integrations import command as convert
 from qlora_kernels.lab import command as lab
 from qlora_kernels.lab.console import run
-from qlora_kernels.lab.variants import import_definitions
 
 # Where bench/ is if the package is run from a checkout, also from an editable install of one.
 CHECKOUT = Path(__file__).resolve().parents[1]

@@ -40,8 +40,10 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~current_umask())
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # writing to an open file does not say which
         raise
     sync_folder(path.parent)
 

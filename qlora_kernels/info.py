@@ -14,7 +14,7 @@ import torch
 
 from qlora_kernels.backends import library
 from qlora_kernels.backends.cpu.common import ISA_NAMES, machine_isa
-from qlora_kernels.backends.registry import OPS, KernelEntry, Problem, entries
+from qlora_kernels.backends.registry import OPS, PRODUCTS_ONLY, KernelEntry, Problem, entries
 from qlora_kernels.formats import list_formats
 from qlora_kernels.formats.quantized_weight import WEIGHT_DTYPES
 
@@ -129,11 +129,11 @@ def _gpus() -> str:
 
 
 def _backend_names() -> list[str]:
-    """Every registered backend, the slowest first."""
+    """Every registered backend, the slowest first; after them those that only forcing takes."""
     priority: dict[str, int] = {}
     for entry in _all_entries():
         priority[entry.backend] = min(entry.priority, priority.get(entry.backend, entry.priority))
-    return sorted(priority, key=lambda name: (priority[name], name))
+    return sorted(priority, key=lambda name: (name in PRODUCTS_ONLY, priority[name], name))
 
 
 def _all_entries() -> Iterable[KernelEntry]:

@@ -108,6 +108,9 @@ def run_tests(library: Path, selected: Sequence[str]) -> subprocess.CompletedPro
     """pytest on `selected` (arguments) in a process that loads `library`; it stops at a failure."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment["QLK_LIBRARY"] = str(library)
+    # Bytecode is kept from run to run: most of such a process is its imports.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    environment["PYTHONPYCACHEPREFIX"] = str(ROOT / "build" / "bytecode")
     # Waiting threads sleep: another test may be running beside this one.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *selected]

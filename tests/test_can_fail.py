@@ -7,7 +7,11 @@ run against that library in a process of their own. The same tests must pass whe
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,15 +39,6 @@ def require_a_source_build() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The unchanged objects of the kernels on the twin of the tile unit."""
-    if reason := why_no_emulated_amx():
-        pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("emulated")
-    return {name: compile_kernel(name, CSRC, EMULATED_AMX, folder) for name in EMULATED_SOURCES}
-
-
 def build_mutant(mutation: Mutation, objects: dict[str, Path], folder: Path) -> Path:
     """The library with the changed source; `objects` are further replacements, unchanged."""
     csrc = folder / "csrc"
@@ -57,13 +52,58 @@ def build_mutant(mutation: Mutation, objects: dict[str, Path], folder: Path) -> 
     return link({**objects, mutation.source: mutant}, folder / "libmutant.so")
 
 
+def emulated_objects(folder: Path) -> dict[str, Path]:
+    """The unchanged objects of the kernels on the twin of the tile unit."""
+    folder.mkdir()
+    return {name: compile_kernel(name, CSRC, EMULATED_AMX, folder) for name in EMULATED_SOURCES}
+
+
+Outcome = Future[subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Outcome]]:
+    """What each selected mutation's tests said, by name: a compiler and a process of each, as many
+    at a time as there are cores, started together."""
+    chosen = {
+        item.callspec.params["mutation"].what: item.callspec.params["mutation"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function)
+        and item.function is test_a_wrong_kernel_turns_a_test_red
+    }
+    folder = tmp_path_factory.mktemp("mutants")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        wants_twin = any(m.emulated for m in chosen.values()) and not why_no_emulated_amx()
+        twin = pool.submit(emulated_objects, folder / "twin") if wants_twin else None
+
+        def outcome(mutation: Mutation) -> subprocess.CompletedProcess[str]:
+            own = folder / mutation.what
+            own.mkdir()
+            objects = twin.result() if mutation.emulated and twin is not None else {}
+            done = run_tests(build_mutant(mutation, objects, own), mutation.selection)
+            shutil.rmtree(own)
+            return done
+
+        # The twin's are last: they would hold up the others while its objects are compiled.
+        order = sorted(chosen.values(), key=lambda mutation: mutation.emulated)
+        found = {
+            mutation.what: pool.submit(outcome, mutation)
+            for mutation in order
+            if not (mutation.emulated and why_no_emulated_amx())
+        }
+        yield found
+        for future in found.values():
+            future.cancel()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
-def test_a_wrong_kernel_turns_a_test_red(
-    mutation: Mutation, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    objects = request.getfixturevalue("emulated") if mutation.emulated else {}
-    done = run_tests(build_mutant(mutation, objects, tmp_path), mutation.selection)
+def test_a_wrong_kernel_turns_a_test_red(mutation: Mutation, outcomes: dict[str, Outcome]) -> None:
+    if mutation.emulated and (reason := why_no_emulated_amx()):
+        pytest.skip(reason)
+    done = outcomes[mutation.what].result()
     if "skipped" in done.stdout and "passed" not in done.stdout and done.returncode == 0:
         pytest.skip(f"this machine has no {mutation.isa}")
     # 1: tests ran and failed. Anything else is a broken run or a fault that nothing noticed.

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 OPTIONAL = ("transformers", "peft", "matplotlib", "bitsandbytes", "torchao", "triton", "datasets")
 
 PROBE = f"""
@@ -40,3 +42,33 @@ def test_command_line_leaves_optional_packages_alone() -> None:
 
 def test_probe_sees_an_optional_import() -> None:
     assert probe("import matplotlib")["loaded"] == ["matplotlib"]
+
+
+REGISTRATION = """
+import importlib, sys
+import qlora_kernels
+def awaiting():
+    return [finder for finder in sys.meta_path if "qlora_kernels" in type(finder).__module__]
+assert len(awaiting()) == 1 and "transformers" not in sys.modules
+importlib.reload(qlora_kernels)
+assert len(awaiting()) == 1
+importlib.util.find_spec("transformers.modeling_utils")  # looked for, and not imported
+import transformers.modeling_utils
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as known
+loader = transformers.modeling_utils.__spec__.loader
+assert "qlora_kernels" in known and not awaiting()
+assert loader is transformers.modeling_utils.__loader__
+assert "qlora_kernels" not in type(loader).__module__
+# The other order: transformers is there, the package comes.
+known.clear()
+for name in [name for name in sys.modules if name.startswith("qlora_kernels.integrations.")]:
+    del sys.modules[name]
+importlib.reload(qlora_kernels)
+assert "qlora_kernels" in known and not awaiting()
+"""
+
+
+def test_transformers_knows_the_quantizer_whichever_is_imported_first() -> None:
+    for package in ("transformers", "accelerate"):
+        pytest.importorskip(package, reason="in the hf extra")
+    subprocess.run([sys.executable, "-c", REGISTRATION], check=True)

@@ -1,9 +1,11 @@
-"""accelerate: a training step of a Llama of bitsandbytes and PEFT layers, before and after
-`qlora_kernels.accelerate(model)`."""
+"""accelerate: a training step of a Llama of bitsandbytes and PEFT layers, and forward and backward
+of one such layer of any size, before and after `qlora_kernels.accelerate(model)`."""
 
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ import qlora_kernels as qlk
 from bench.gpu.llama import Sizes
 from bench.gpu.models import make_model
 from bench.gpu.training import optimizer_for, step_of
+from bench.grid import peers
 from bench.records import Row, Settings
 from qlora_kernels.testing.timing import time_interleaved
 
@@ -20,22 +23,85 @@ SEQUENCE, RANK = 256, 16
 # In fp32 both sides spend their time in the same GEMM of torch: there the rule is "never slower".
 TIMES_FASTER = {torch.float32: 1.0, torch.bfloat16: 1.3}
 STOCK = "QLoRA, PEFT + bitsandbytes"
+# Layers that a call costs more than its products; they may never be slower than before either.
+FEATURES, TOKENS = (64, 256, 512), (1, 64, 512)
+DTYPES, DROPOUTS = (torch.float32, torch.bfloat16), (0.0, 0.05)
 # Relative difference of two losses: each product is rounded to the dtype once.
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 def case_accelerate(
-    settings: Settings, sizes: Sizes = SIZES, sequence: int = SEQUENCE
+    settings: Settings,
+    sizes: Sizes = SIZES,
+    sequence: int = SEQUENCE,
+    features: Sequence[int] = FEATURES,
+    tokens: Sequence[int] = TOKENS,
 ) -> list[Row]:
     """In fp32 and in bf16, dropout 0.05 included as fine-tuning has it."""
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for dropout in (0.0, 0.05):
-            rows.append(one(settings, sizes, sequence, dtype, dropout))
+    kinds = list(itertools.product(DTYPES, DROPOUTS))
+    rows = [step(settings, sizes, sequence, *kind) for kind in kinds]
+    for kind in kinds:
+        rows += [layer(settings, *size, *kind) for size in itertools.product(features, tokens)]
     return rows
 
 
-def one(settings: Settings, sizes: Sizes, sequence: int, dtype: torch.dtype, dropout: float) -> Row:
+def layer(
+    settings: Settings, features: int, tokens: int, dtype: torch.dtype, dropout: float
+) -> Row:
+    """Forward and backward of a square layer, stock and accelerated in turn."""
+    torch.manual_seed(0)
+    weight = torch.randn(features, features, dtype=dtype) / features**0.5
+    stock = peers.peft_layer(peers.bnb_layer(qlk.get_format("nf4"), weight), RANK, dropout).train()
+    for name, parameter in stock.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)  # zeros, as it starts, would hide lora_A's gradient
+    fused = copy.deepcopy(stock)
+    report = qlk.accelerate(fused, verbose=False)
+    assert len(report.fused) == 1 and not report.fallback, str(report)
+    x = torch.randn(tokens, features, dtype=dtype, requires_grad=True)
+    grad_y = torch.randn(tokens, features, dtype=dtype)
+    verify_layer(stock, fused, x, CLOSE[dtype])
+    times = time_interleaved(
+        {
+            name: (lambda _, model=model: model(x).backward(grad_y))
+            for name, model in (("ours", fused), ("peer", stock))
+        },
+        rounds=5 * settings.rounds,
+        seconds=min(settings.seconds, 0.5),
+        warmup=5,
+    )
+    work = f"{features} x {features} layer after accelerate(), {tokens} tokens, {named(dtype)}"
+    work = f"{work}, dropout {dropout:g}"
+    return Row(work, STOCK, times["ours"], times["peer"], times_faster=1.0)
+
+
+def verify_layer(stock: nn.Module, fused: nn.Module, x: torch.Tensor, close: float) -> None:
+    """Raises AssertionError where results or gradients differ; without dropout."""
+    found = []
+    for model in (stock, fused):
+        probe = copy.deepcopy(model)
+        for module in probe.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        given = x.detach().requires_grad_()
+        y = probe(given)
+        y.sum().backward()
+        grads = [p.grad for p in probe.parameters() if p.grad is not None]
+        found.append([y.detach(), given.grad, *grads])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours is not None and theirs is not None
+        distance = (ours.float() - theirs.float()).norm()
+        assert distance <= close * theirs.float().norm(), "a layer's results differ"
+
+
+def named(dtype: torch.dtype) -> str:
+    """A dtype as the table has it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def step(
+    settings: Settings, sizes: Sizes, sequence: int, dtype: torch.dtype, dropout: float
+) -> Row:
     """Stock and accelerated steps in turn, from the same weights."""
     device = torch.device("cpu")
     options = {"rank": RANK, "dropout": dropout, "checkpointing": False}
@@ -53,13 +119,12 @@ def one(settings: Settings, sizes: Sizes, sequence: int, dtype: torch.dtype, dro
         "peer": step_of(stock, optimizer_for(stock, device), ids),
     }
     times = time_interleaved(
-        {name: (lambda _, step=step: step()) for name, step in steps.items()},
+        {name: (lambda _, run=run: run()) for name, run in steps.items()},
         rounds=min(settings.rounds, 20),
         seconds=settings.seconds,
         warmup=1,
     )
-    name = str(dtype).removeprefix("torch.")
-    work = f"training step after accelerate(), {name}, dropout {dropout:g}"
+    work = f"training step after accelerate(), {named(dtype)}, dropout {dropout:g}"
     return Row(work, STOCK, times["ours"], times["peer"], times_faster=TIMES_FASTER[dtype])
 
 

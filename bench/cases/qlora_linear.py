@@ -20,12 +20,12 @@ RANK, ALPHA = 16, 32
 
 
 def case_qlora_linear(settings: Settings) -> list[Row]:
-    """Added time at M = 1 and M = 512; training steps of one layer."""
+    """Added time at M = 1 and M = 512; training steps of one layer, and of q, k and v together."""
     limits = {"rounds": settings.rounds, "seconds": settings.seconds}
     weights = quantized_weights()
     verify(weights[0])
     rows = [added(weights, tokens, at_most, limits) for tokens, at_most in ((1, 1.3), (512, 1.08))]
-    return rows + training(weights, 512, limits)
+    return [*rows, *training(weights, 512, limits), grouped(weights, 512, limits)]
 
 
 def adapter() -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,3 +114,37 @@ def training(weights: Rotation[qlk.QuantizedWeight], tokens: int, limits: dict) 
         work = f"LoRA layer, forward + backward M = {tokens}"
         rows.append(Row(work, name, times["ours"], times["peer"]))
     return rows
+
+
+def grouped(weights: Rotation[qlk.QuantizedWeight], tokens: int, limits: dict) -> Row:
+    """q, k and v of 4096, 1024 and 1024 features, forward and backward, as a QLoRAGroup."""
+    fewer = quantized_weights((WEIGHT[0] // 4, WEIGHT[1]))
+
+    def layers(i: int) -> list[nn.Module]:
+        parts = [weights[i], fewer[2 * i], fewer[2 * i + 1]]
+        return [qlk.QLoRALinear.from_quantized(qw, rank=RANK, alpha=ALPHA) for qw in parts]
+
+    nbytes = weights[0].nbytes + 2 * fewer[0].nbytes
+    separate = Rotation(layers, nbytes)
+    groups = Rotation(lambda i: qlk.QLoRAGroup(separate[i]), nbytes)
+    x = inputs(tokens).requires_grad_()
+    grads = [inputs(tokens, layer.out_features) for layer in separate[0]]
+
+    def step(outputs: Callable[[int], object]) -> Callable[[int], None]:
+        def run(i: int) -> None:
+            x.grad = None
+            for layer in separate[i]:
+                layer.zero_grad(set_to_none=True)
+            torch.autograd.backward(outputs(i), grads)
+
+        return run
+
+    times = time_interleaved(
+        {
+            "ours": step(lambda i: groups[i](x)),
+            "peer": step(lambda i: [layer(x) for layer in separate[i]]),
+        },
+        **limits,
+    )
+    work = f"q, k, v as a group, forward + backward M = {tokens}"
+    return Row(work, "the same layers one by one", times["ours"], times["peer"])

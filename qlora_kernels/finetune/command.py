@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qlora_kernels.errors import argument_error
+from qlora_kernels.errors import QLKError, argument_error
 from qlora_kernels.finetune.console import exit_code_of
 from qlora_kernels.finetune.interrupt import Relay, StopRequest, stop_on_signals
 from qlora_kernels.finetune.optimizers import OPTIMIZERS
@@ -78,15 +78,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"default: {COMPARE}, with --model qlora",
     )
     base = parser.add_argument_group("quantization of the base weights (qlora)")
-    base.add_argument("--format", default="nf4", choices=list_formats(), help="default: nf4")
+    base.add_argument(
+        "--format",
+        choices=list_formats(),
+        help="default: nf4, or that of a model that is quantized already",
+    )
     base.add_argument(
         "--block-size", type=int, metavar="N", help="weights per scale (default: the format's)"
     )
     base.add_argument(
         "--double-quant",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="quantize the scales too (default: yes)",
+        help="quantize the scales too (default: yes, or as the model is quantized already)",
     )
     adapter = parser.add_argument_group("adapters (lora, qlora)")
     adapter.add_argument("--rank", type=int, metavar="R", help=depends("rank"))
@@ -240,6 +243,23 @@ def plan_options(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def stored_defaults(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
+    """What a model that is quantized already says of the options that were not given; nothing of
+    one that is dense, or cannot be read, which loading it will say."""
+    settled = arguments.format is not None and arguments.double_quant is not None
+    if method != "qlora" or arguments.model is None or settled:
+        return {}
+    from qlora_kernels.finetune.load import stored_quantization
+
+    try:
+        stored = stored_quantization(arguments.model)
+    except QLKError:
+        return {}
+    # Of another format than is asked for there is nothing to take.
+    other = arguments.format is not None and arguments.format != stored.get("format")
+    return {} if other else stored
+
+
 def make_settings(arguments: argparse.Namespace, method: str, out: Path) -> Settings:
     """The options of one method, defaults filled in. Raises ArgumentError for a bad value."""
     defaults = PRETRAINED if arguments.model else EMBEDDED
@@ -250,15 +270,16 @@ def make_settings(arguments: argparse.Namespace, method: str, out: Path) -> Sett
 
     device = resolve_device(arguments.device)
     rank = given("rank", defaults.rank)
+    stored = stored_defaults(arguments, method)
     lr = defaults.full_lr if method == "full" else defaults.adapter_lr
     return Settings(
         method=method,
         out=out,
         model=arguments.model,
         data=tuple(arguments.data),
-        format=arguments.format,
+        format=given("format", stored.get("format", Settings.format)),
         block_size=arguments.block_size,
-        double_quant=arguments.double_quant,
+        double_quant=given("double_quant", stored.get("double_quant", Settings.double_quant)),
         rank=rank,
         alpha=given("alpha", defaults.scaling * rank),
         dropout=arguments.dropout,

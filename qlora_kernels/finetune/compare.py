@@ -16,6 +16,7 @@ from qlora_kernels.finetune.interrupt import EndedError, Interrupted, Relay
 from qlora_kernels.finetune.outputs import REPORT, claimed, read_report, remove_leftovers
 from qlora_kernels.finetune.report import document, with_gains, write_report
 from qlora_kernels.finetune.settings import METHODS, Settings
+from qlora_kernels.formats.definitions import defined_files
 
 # QLoRA first: it meets every option that can be wrong within seconds; full fine-tuning, which costs
 # the most and meets the fewest, last.
@@ -54,7 +55,8 @@ def run_comparison(out: Path, runs: Sequence[Settings], relay: Relay) -> dict[st
 def worker_command(settings: Settings) -> list[str]:
     """The command that runs one method; see `worker`."""
     options = json.dumps(settings.to_json())
-    return [sys.executable, "-m", "qlora_kernels.finetune.worker", str(os.getpid()), options]
+    worker = [sys.executable, "-m", "qlora_kernels.finetune.worker", str(os.getpid()), options]
+    return [*worker, *defined_files()]
 
 
 def failure(method: str, code: int) -> EndedError:

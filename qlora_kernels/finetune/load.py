@@ -17,11 +17,13 @@ from torch import nn
 from qlora_kernels.errors import QLKError, argument_error
 from qlora_kernels.finetune import base_model
 from qlora_kernels.finetune.base_model import WEIGHTS
+from qlora_kernels.finetune.console import say
 from qlora_kernels.finetune.data import ByteTokenizer, PretrainedTokenizer, Tokenizer
 from qlora_kernels.finetune.model import ByteLlama
 from qlora_kernels.finetune.settings import Settings, derived_seed, option
 from qlora_kernels.formats import get_format
-from qlora_kernels.nn import replace_linear
+from qlora_kernels.nn import ExpertAdapter, QuantizedExperts, replace_linear
+from qlora_kernels.nn.conv1d import as_linear, is_linear
 from qlora_kernels.nn.replace import is_targeted
 
 # Kinds of quantized checkpoints that are taken as they are.
@@ -80,9 +82,7 @@ def loading_options(model: str, settings: Settings) -> dict[str, Any]:
     Raises as `load_base`.
     """
     config = from_pretrained(import_transformers().AutoConfig, model)
-    stored: Any = getattr(config, "quantization_config", None) or {}
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    how = stored.get("quant_method")
+    how = quantization_of(config).get("quant_method")
     if how is not None and (settings.method != "qlora" or how not in READ_QUANTIZED):
         rule = f"a dense model, or for --method qlora one that is quantized by {READ_QUANTIZED}"
         raise argument_error("finetune", "--model", rule, f"{model}, by {how!r}")
@@ -99,9 +99,9 @@ def loading_options(model: str, settings: Settings) -> dict[str, Any]:
             double_quant=settings.double_quant,
         )
         return {"quantization_config": quantization}
+    stored = stored_quantization(model)
     if how == "bitsandbytes":
         config = QLoRAKernelsConfig.adopt(model)
-        stored = config.quantization_config
     wanted: dict[str, object] = {"format": settings.format}
     if settings.format == stored["format"]:
         size = settings.block_size or stored["block_size"]
@@ -112,6 +112,34 @@ def loading_options(model: str, settings: Settings) -> dict[str, Any]:
             rule = f"as the model was quantized ({stored[name]})"
             raise argument_error("finetune", option(name), rule, value)
     return {"config": config}
+
+
+def quantization_of(config: Any) -> dict[str, Any]:
+    """The fields of a model configuration's quantization, {} for a dense model."""
+    stored: Any = getattr(config, "quantization_config", None) or {}
+    fields: dict[str, Any] = stored if isinstance(stored, dict) else stored.to_dict()
+    return fields
+
+
+def stored_quantization(model: str) -> dict[str, Any]:
+    """Format, block size and double quantization of a checkpoint that is taken as it is, by the
+    names of `QLoRAKernelsConfig`; {} for any other.
+
+    Raises as `load_base`.
+    """
+    stored = quantization_of(from_pretrained(import_transformers().AutoConfig, model))
+    how = stored.get("quant_method")
+    if how not in READ_QUANTIZED:
+        return {}
+    try:
+        from qlora_kernels import QLoRAKernelsConfig
+    except ImportError as error:
+        raise QLKError(f"finetune: --model: {error}") from error
+    if how == "bitsandbytes":
+        stored = QLoRAKernelsConfig.adopt(model).quantization_config
+    else:
+        stored = QLoRAKernelsConfig(**stored).fields()
+    return {name: stored[name] for name in ("format", "block_size", "double_quant")}
 
 
 def import_transformers() -> Any:
@@ -148,8 +176,8 @@ def prepare(base: BaseModel, settings: Settings) -> nn.Module:
     beside the quantized ones.
 
     Raises:
-        ArgumentError: a --seq-len beyond the model's positions, --targets that match no linear
-            layer, a --rank above a layer's smaller side.
+        ArgumentError: a --seq-len beyond the model's positions, one of --targets that matches
+            nothing, a --rank above a layer's smaller side.
     """
     model = base.model
     if base.max_positions is not None and settings.seq_len > base.max_positions:
@@ -166,23 +194,28 @@ def prepare(base: BaseModel, settings: Settings) -> nn.Module:
 def add_adapters(base: BaseModel, settings: Settings) -> None:
     """`replace_linear` with the run's options; see `prepare` for what it raises."""
     target = "all-linear" if settings.targets == ("all-linear",) else settings.targets
-    names = [
-        name
-        for name, module in base.model.named_modules()
-        if isinstance(module, nn.Linear) and name != base.head
-    ]
-    if not names:
+    shapes = adaptable(base)
+    if not shapes:
         raise argument_error(
             "finetune",
             "--model",
-            "one with linear layers (nn.Linear) besides its output layer",
+            "one with linear layers besides its output layer",
             f"{settings.model}, which has none",
         )
-    if not any(is_targeted(name, target) for name in names):
-        known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
-        raise argument_error(
-            "finetune", "--targets", f"out of {known}", ", ".join(settings.targets)
-        )
+    unknown = [
+        end
+        for end in settings.targets
+        if target != "all-linear" and not any(is_targeted(name, (end,)) for name in shapes)
+    ]
+    if unknown:
+        known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in shapes))
+        raise argument_error("finetune", "--targets", f"out of {known}", ", ".join(unknown))
+    for name, (rows, cols) in shapes.items():
+        if is_targeted(name, target) and settings.rank > min(rows, cols):
+            rule = f"in 1 … {min(rows, cols)}, for {name} is {rows} x {cols}"
+            raise argument_error("finetune", "--rank", rule, settings.rank)
+    if target == "all-linear" and (dense := dense_stacks(base.model)):
+        say(f"{settings.method}: no adapters for the dense experts of {some(dense)}")
     torch.manual_seed(derived_seed(settings.seed, "adapters", 0))
     replace_linear(
         base.model,
@@ -196,6 +229,37 @@ def add_adapters(base: BaseModel, settings: Settings) -> None:
         double_quant=settings.double_quant,
         dropout=settings.dropout,
     )
+
+
+def adaptable(base: BaseModel) -> dict[str, tuple[int, int]]:
+    """What can get an adapter, linear layers but the output layer and projections of quantized
+    experts, by full name: [N, K]."""
+    found = {}
+    for name, module in base.model.named_modules():
+        if is_linear(module) and name != base.head:
+            linear = as_linear(module)
+            found[name] = (linear.out_features, linear.in_features)
+        elif isinstance(module, QuantizedExperts):
+            for projection, like in module.projections.items():
+                rows, cols = like.shape
+                found[f"{name}.{projection}"] = (rows, cols)
+    return found
+
+
+def dense_stacks(model: nn.Module) -> list[str]:
+    """Names of the modules that hold dense matrices of experts in 3-D parameters."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(p.dim() == 3 and p.is_floating_point() for p in module.parameters(recurse=False))
+        and not isinstance(module, ExpertAdapter)
+    ]
+
+
+def some(names: list[str]) -> str:
+    """Names for a message, the first few of many."""
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
 
 
 def base_model_name(settings: Settings) -> str:

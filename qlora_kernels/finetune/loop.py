@@ -17,7 +17,7 @@ from qlora_kernels.finetune.checkpoint import Progress
 from qlora_kernels.finetune.console import say
 from qlora_kernels.finetune.data import TokenWindows
 from qlora_kernels.finetune.interrupt import Interrupted, StopRequest
-from qlora_kernels.finetune.optimizers import clip_gradients
+from qlora_kernels.finetune.optimizers import clip_gradients, synchronize
 from qlora_kernels.finetune.schedule import learning_rate_factor
 from qlora_kernels.finetune.settings import Settings, derived_seed
 
@@ -50,6 +50,30 @@ def next_token_loss(model: nn.Module, windows: Tensor, settings: Settings) -> Te
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
 
+def loss_scale(settings: Settings) -> float:
+    """What a step's loss is multiplied by before backward: in float16, whose smallest number is
+    6e-8, the gradients of a mean over the tokens of a step are lost. A power of two near their
+    number makes them those of a sum, and unlike a scale that adapts it has no state to resume."""
+    if settings.torch_dtype != torch.float16:
+        return 1.0
+    return 2.0 ** int(math.log2(settings.batch * settings.seq_len))
+
+
+def unscale_gradients(optimizer: torch.optim.Optimizer, scale: float, step: int) -> None:
+    """Undo `loss_scale`. Raises QLKError where a gradient is not finite."""
+    synchronize(optimizer)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            parameter.grad.mul_(1 / scale)
+            if not bool(parameter.grad.isfinite().all()):
+                raise QLKError(
+                    f"finetune: a gradient is too large for float16 at step {step + 1}; try "
+                    "--dtype bfloat16"
+                )
+
+
 def train_step(job: Job, step: int) -> float:
     """One optimizer step on the windows of ``step``; returns the loss before it.
 
@@ -66,7 +90,10 @@ def train_step(job: Job, step: int) -> float:
     value = loss.item()
     if not math.isfinite(value):
         raise QLKError(f"finetune: the loss is {value} at step {step + 1}; try a smaller --lr")
-    loss.backward()
+    scale = loss_scale(settings)
+    (loss * scale).backward()
+    if scale != 1.0:
+        unscale_gradients(job.optimizer, scale, step)
     clip_gradients(job.optimizer, MAX_GRADIENT_NORM)
     job.optimizer.step()
     job.optimizer.zero_grad()

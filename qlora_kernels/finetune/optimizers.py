@@ -89,10 +89,15 @@ def make_optimizer(
     return optimizer
 
 
+def synchronize(optimizer: Any) -> None:
+    """Wait for the gradients that an optimizer reads: of an offloaded one copies on the host."""
+    if hasattr(optimizer, "optim_dict"):
+        optimizer.stream.synchronize()
+
+
 def clip_gradients(optimizer: Any, largest: float) -> None:
     """Scale all gradients so that their common norm is at most ``largest``."""
-    if hasattr(optimizer, "optim_dict"):  # offloaded: its copies on the host are what it reads
-        optimizer.stream.synchronize()
+    synchronize(optimizer)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     nn.utils.clip_grad_norm_(trained, largest)
 

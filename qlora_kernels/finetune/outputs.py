@@ -20,7 +20,7 @@ from typing import Any
 from qlora_kernels.errors import ArgumentError, CheckpointError, QLKError, argument_error
 from qlora_kernels.finetune.checkpoint import CHECKPOINT, difference, load_header
 from qlora_kernels.finetune.settings import Settings
-from qlora_kernels.nn.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from qlora_kernels.nn.adapter_parts import CONFIG_NAME, WEIGHTS_NAME
 
 REPORT, REPORT_TEXT = "report.json", "report.md"
 LOSS_PLOT, MEMORY_PLOT = "loss.png", "memory.png"

@@ -23,6 +23,8 @@ DTYPES = {
     "fp32": torch.float32,
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
 }
 # Where the output goes and how often it is saved does not change what is computed.
 NOT_COMPARED_ON_RESUME = frozenset({"out", "resume", "checkpoint_every"})
@@ -148,7 +150,7 @@ def settings_from_json(values: dict[str, object]) -> Settings:
 def resolve_dtype(name: str, device: torch.device) -> str:
     """`auto` is bfloat16 where the device computes in it natively, else float32."""
     if name != "auto":
-        return {torch.float32: "float32", torch.bfloat16: "bfloat16"}[DTYPES[name]]
+        return str(DTYPES[name]).removeprefix("torch.")
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -1,4 +1,6 @@
-"""The process of one method in a comparison: `worker PARENT_PID SETTINGS_AS_JSON`."""
+"""The process of one method in a comparison: `worker PARENT_PID SETTINGS_AS_JSON [FILE.py …]`, the
+files being those that register formats.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from qlora_kernels.finetune.interrupt import (
 from qlora_kernels.finetune.settings import settings_from_json
 
 
-def main(parent: str, options: str) -> int:
+def main(parent: str, options: str, *definitions: str) -> int:
     """Run the method and return the process's exit code."""
     die_with(int(parent))
 
@@ -24,7 +26,9 @@ def main(parent: str, options: str) -> int:
             unblock_stop_signals()
             # Its imports take a while; a signal during them is only noted by now.
             from qlora_kernels.finetune.run import run_method
+            from qlora_kernels.formats.definitions import import_definitions
 
+            import_definitions(definitions, "finetune")
             run_method(settings_from_json(json.loads(options)), stop)
 
     return exit_code_of(run)

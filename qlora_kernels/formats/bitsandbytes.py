@@ -24,7 +24,7 @@ from qlora_kernels.formats.quantized_weight import QuantizedWeight
 from qlora_kernels.formats.registry import get_format
 
 QUANT_TYPES = ("nf4", "fp4")
-_STATE_KEY = "quant_state.bitsandbytes__"
+STATE_KEY = "quant_state.bitsandbytes__"
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -97,7 +97,7 @@ def to_state_dict(
         state["nested_dtype"] = "float32"
         state["nested_offset"] = float(qw.scale_offset)
     payload = json.dumps(state).encode("utf-8")
-    out[f"{key}.{_STATE_KEY}{quant_type}"] = torch.tensor(list(payload), dtype=torch.uint8)
+    out[f"{key}.{STATE_KEY}{quant_type}"] = torch.tensor(list(payload), dtype=torch.uint8)
     return out
 
 
@@ -149,21 +149,28 @@ def _tensor(state_dict: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
     return state_dict[key]
 
 
+def read_quant_state(tensor: torch.Tensor, name: str) -> dict[str, Any]:
+    """What bitsandbytes' quant_state tensor of this name says.
+
+    Raises:
+        CheckpointError: it is not a JSON object.
+    """
+    try:
+        state = json.loads(bytes(tensor.cpu().tolist()).decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, ValueError) as error:
+        raise CheckpointError(f"from_state_dict: {name} must be JSON, got {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"from_state_dict: {name} must be a JSON object, got {state}")
+    return state
+
+
 def _read_state(state_dict: Mapping[str, torch.Tensor], key: str) -> tuple[dict[str, Any], str]:
     for quant_type in QUANT_TYPES:
-        name = f"{key}.{_STATE_KEY}{quant_type}"
+        name = f"{key}.{STATE_KEY}{quant_type}"
         if name in state_dict:
-            try:
-                state = json.loads(bytes(state_dict[name].cpu().tolist()).decode("utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError, ValueError) as error:
-                raise CheckpointError(
-                    f"from_state_dict: {name} must be JSON, got {error}"
-                ) from error
-            if not isinstance(state, dict):
-                raise CheckpointError(f"from_state_dict: {name} must be a JSON object, got {state}")
-            return state, quant_type
+            return read_quant_state(state_dict[name], name), quant_type
     raise CheckpointError(
-        f"from_state_dict: state_dict must hold {key}.{_STATE_KEY}nf4 or …fp4, got neither"
+        f"from_state_dict: state_dict must hold {key}.{STATE_KEY}nf4 or …fp4, got neither"
     )
 
 

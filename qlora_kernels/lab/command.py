@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qlora_kernels.finetune.interrupt import StopRequest, stop_on_signals
+from qlora_kernels.formats.definitions import import_definitions
 from qlora_kernels.lab import (
     assignment,
     fidelity,
@@ -22,7 +23,6 @@ from qlora_kernels.lab import (
 from qlora_kernels.lab.cache import CellCache
 from qlora_kernels.lab.console import run, say
 from qlora_kernels.lab.outputs import Table, text_table, write_table
-from qlora_kernels.lab.variants import import_definitions
 
 SUMMARY = "compare quantization formats: error, size, what they do to a model"
 DESCRIPTION = """

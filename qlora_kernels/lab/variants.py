@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import itertools
 import json
-import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from qlora_kernels.errors import ArgumentError, CheckpointError, argument_error
@@ -169,33 +166,3 @@ def definition(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): definition(item) for key, item in value.items()}
     return value
-
-
-def import_definitions(paths: Iterable[str]) -> None:
-    """Run files that register formats of their own.
-
-    Raises ArgumentError for a file that is missing or that fails, with its own words.
-    """
-    for given in paths:
-        path = Path(given)
-        name = f"qlora_kernels_defined_{path.stem}"
-        if not path.is_file():
-            raise argument_error("lab", "--define", "a Python file", given)
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise argument_error("lab", "--define", "a Python file (.py)", given)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except (ArithmeticError, AttributeError, ImportError, LookupError) as error:
-            raise definition_error(given, error) from error
-        except (NameError, OSError, SyntaxError, TypeError, ValueError) as error:
-            raise definition_error(given, error) from error
-
-
-def definition_error(path: str, error: BaseException) -> ArgumentError:
-    """The error for a file that does not run."""
-    return argument_error(
-        "lab", "--define", "a Python file that runs", f"{path} ({type(error).__name__}: {error})"
-    )

@@ -2,12 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
 
 from qlora_kernels.backends.cpu.common import ISA_NAMES, why_unavailable
+
+# The last level that has code of its own, by file; of the matmuls, by dtype: only bf16 has any
+# above AVX-512. A level above runs that code, and is spared the tests that have cases beside the
+# level; the others show that it does.
+_LAST_LEVEL = {
+    "test_cpu_quantize": "avx512",
+    "test_cpu_double_quantize": "avx512",
+    "test_cpu_dropout": "avx512",
+    "test_cpu_dequantize": "avx512_bf16",
+}
+_MATMULS = ("test_cpu_quantized_matmul", "test_cpu_qlora_linear")
+
+
+def is_repeated(stem: str, cases: Mapping[str, object]) -> bool:
+    """Whether a test of a file, by its parameters, runs only what it has run on a lower level."""
+    if len(cases) < 2 or "isa" not in cases:
+        return False
+    last = _LAST_LEVEL.get(stem)
+    if stem in _MATMULS and cases.get("dtype") in (torch.float32, torch.float16):
+        last = "avx512"
+    level = cases["isa"]
+    assert isinstance(level, int)
+    return last is not None and level > ISA_NAMES.index(last)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what `is_repeated`."""
+    repeated = [
+        item
+        for item in items
+        if isinstance(item, pytest.Function)
+        and hasattr(item, "callspec")
+        and is_repeated(item.path.stem, item.callspec.params)
+    ]
+    if repeated:
+        config.hook.pytest_deselected(items=repeated)
+        gone = set(map(id, repeated))
+        items[:] = [item for item in items if id(item) not in gone]
 
 
 @pytest.fixture(params=range(len(ISA_NAMES)), ids=ISA_NAMES)

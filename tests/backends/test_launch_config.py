@@ -11,6 +11,7 @@ import torch
 from qlora_kernels.backends import launch_config
 from qlora_kernels.backends.device import A100, B200, H200, DeviceFacts, device_facts
 from qlora_kernels.backends.launch_config import (
+    FEW_TOKENS,
     FUSED_TOKENS,
     MatmulConfig,
     MatmulSizes,
@@ -21,6 +22,7 @@ from qlora_kernels.backends.launch_config import (
     extends_backward,
     extends_forward,
     extends_group_backward,
+    few_tokens_config,
     forward_config,
     tile_rank,
     up_gradients_config,
@@ -39,13 +41,17 @@ def sizes(tokens: int, rows: int = 4096, cols: int = 4096, **other: object) -> M
 
 
 def test_path_follows_the_number_of_tokens() -> None:
-    assert choose_path(sizes(1)) == "one_token"
-    for tokens in (2, 16, 100, FUSED_TOKENS):
+    for tokens in (1, 2, 16, FEW_TOKENS):
+        assert choose_path(sizes(tokens)) == "few_tokens"
+    for tokens in (FEW_TOKENS + 1, 100, FUSED_TOKENS):
         assert choose_path(sizes(tokens)) == "fused"
     for tokens in (FUSED_TOKENS + 1, 8192):
         assert choose_path(sizes(tokens)) == "dense"
     assert choose_path(sizes(100, dtype=torch.float32)) == "dense"
     assert choose_path(sizes(1, dtype=torch.float32)) == "one_token"
+    # A word of codes a lane is half a block of 16.
+    assert choose_path(sizes(1, block_size=16)) == "one_token"
+    assert choose_path(sizes(2, block_size=16)) == "fused"
 
 
 def test_batch_invariant_products_are_always_fused() -> None:
@@ -60,7 +66,7 @@ def test_batch_invariant_products_are_always_fused() -> None:
     [(96, 32, True), (96, 64, False), (11008, 4096, True), (100, 32, False), (64, 4096, True)],
 )
 def test_fused_wants_whole_groups_of_a_scale(cols: int, block_size: int, fits: bool) -> None:
-    problem = sizes(16, cols=cols, block_size=block_size)
+    problem = sizes(40, cols=cols, block_size=block_size)
     assert (why_not_fused(problem) is None) is fits
     assert (choose_path(problem) == "fused") is fits
     if not fits:
@@ -75,9 +81,10 @@ def test_empty_products_are_dense() -> None:
 @pytest.mark.parametrize("facts", GPUS, ids=lambda facts: facts.name)
 @pytest.mark.parametrize(("rows", "cols"), LAYERS)
 def test_fused_configurations_fill_the_gpu(rows: int, cols: int, facts: DeviceFacts) -> None:
-    for tokens in (2, 16, 17, 64, 128, 256, 512):
+    for tokens in (1, 16, 32, 33, 64, 128, 256, 512):
         problem = sizes(tokens, rows, cols)
-        config = forward_config(problem, facts)
+        few = choose_path(problem) == "few_tokens"
+        config = (few_tokens_config if few else forward_config)(problem, facts)
         programs = -(-rows // config.tile_n) * -(-tokens // config.tile_m) * config.splits
         assert programs >= facts.sm_count, f"{programs} programs for {facts.sm_count} SMs"
         # Parts of K are whole tiles, and long enough to be worth their partial sums.
@@ -90,9 +97,22 @@ def test_fused_configurations_fill_the_gpu(rows: int, cols: int, facts: DeviceFa
 
 
 def test_configurations_print() -> None:
-    assert repr(forward_config(sizes(16), H200)) == (
-        "MatmulConfig(tile_m=16, tile_n=64, tile_k=128, splits=4, num_warps=4, num_stages=4)"
+    assert repr(few_tokens_config(sizes(16), H200)) == (
+        "MatmulConfig(tile_m=16, tile_n=64, tile_k=256, splits=6, num_warps=4, num_stages=3, "
+        "decode='prmt')"
     )
+
+
+def test_weights_are_decoded_by_permutation_where_it_counts_fewer_instructions() -> None:
+    for facts, dtype, decode in (
+        (A100, BF16, "gather"),
+        (H200, BF16, "prmt"),
+        (B200, BF16, "prmt"),
+        (H200, torch.float16, "gather"),
+    ):
+        for config in (forward_config, backward_config):
+            assert config(sizes(64, dtype=dtype), facts).decode == decode
+        assert few_tokens_config(sizes(4, dtype=dtype), facts).decode == "prmt"
 
 
 def test_a_tuned_row_holds_for_exactly_its_problem(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import qlora_kernels as qlk
 from bench import run
 from bench.ceilings import Ceilings
-from bench.grid import peers
+from bench.grid import peers, sweep
 from bench.grid.case import Case
 from bench.grid.points import (
     COMPOSITE,
@@ -34,6 +35,12 @@ from qlora_kernels.testing.timing import WallClock
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy=1e10, read=1e10, gemm={"bf16": 1e11, "fp32": 1e11})
 NO_PEERS = Limits(rounds=5, seconds=0.0, peers=())
+
+
+@pytest.fixture(autouse=True)
+def collect_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep collects garbage before each point, which is most of its time among these tests."""
+    monkeypatch.setattr(sweep, "gc", SimpleNamespace(collect=lambda: 0))
 
 
 def small_clock() -> WallClock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,13 @@ from bench.grid import peers
 from qlora_kernels.testing.timing import WallClock
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def collect_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages collect garbage between models, which is most of their time among these tests."""
+    for module in (decode, training):
+        monkeypatch.setattr(module, "gc", SimpleNamespace(collect=lambda: 0))
 
 
 def context(tmp_path: Path, stage: str, seconds: float = 60.0, **content: Any) -> Context:

@@ -93,7 +93,7 @@ def test_page_holds_everything_and_fetches_nothing(records: Path, tmp_path: Path
     assert report.main([str(records), "--out", str(out)]) == 0
     page = (out / "report.html").read_text()
     for text in (
-        "A CPU, commit 0123456789ab",
+        "A CPU, avx2, 2 threads, commit 0123456789ab",
         "torch 2.13.0",
         "quantized_matmul/cpu:avx2/nf4/bf16/N1024-K1024-M16",
         "torchao &lt;linear&gt;: torchao &amp; friends are not installed",
@@ -118,10 +118,48 @@ def test_page_holds_everything_and_fetches_nothing(records: Path, tmp_path: Path
 
 def test_recorded_results_can_be_shown(tmp_path: Path) -> None:
     """The records of this project's own machines, whatever there is."""
-    material = report.read([report.RESULTS])
-    assert material.rows and material.machines
-    for _, _, _, figure in report.figures_of(material):
-        assert_readable(figure)
+    materials = report.read([report.RESULTS])
+    assert any(material.rows and material.machines for material in materials)
+    for material in materials:
+        for _, _, _, figure in report.figures_of(material):
+            figure.suptitle(material.machine, fontsize=9)
+            assert_readable(figure)
+
+
+def test_machines_share_no_chart(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages belong to the machine of their folder, and a figure bears its machine's name."""
+    titles = []
+
+    def picture(figure: Any, kind: str) -> bytes:
+        titles.append(figure.get_suptitle())
+        return b"<svg></svg>"
+
+    monkeypatch.setattr(figures, "picture", picture)
+    other = shutil.copytree(records, tmp_path / "other")
+    for path in other.glob("*.json"):
+        path.write_text(path.read_text().replace('"isa": "avx2"', '"isa": "avx512"'))
+    one, two = report.read([records, other])
+    assert (one.machine, two.machine) == ("A CPU, avx2, 2 threads", "A CPU, avx512, 2 threads")
+    for material in (one, two):
+        assert (len(material.rows), len(material.points), len(material.runs)) == (2, 4, 1)
+        assert set(material.stages) == {"training", "sixty_five", "decode", "tests"}
+    out = tmp_path / "out"
+    paths = report.write([one, two], out)
+    stems = {stem for stem, _, _, _ in report.figures_of(one)}
+    assert {p.stem for p in paths[1:]} == stems | {f"machine-2-{stem}" for stem in stems}
+    assert titles == [one.machine] * 2 * len(stems) + [two.machine] * 2 * len(stems)
+    page = (out / "report.html").read_text()
+    first, second = (page.index(f"<h1>{m.machine}</h1>") for m in (one, two))
+    assert first < second
+    for heading in ("Roofline", "Speed against peers", "Decoding", "Targets", "All points"):
+        assert page.count(f"<h2>{heading}</h2>") == 2
+        assert first < page.index(f"<h2>{heading}</h2>") < second
+    # A folder that does not say what it is of has its own name.
+    (other / "grid.json").unlink()
+    (other / "targets.json").unlink()
+    assert [m.machine for m in report.read([records, other])] == [one.machine, "other"]
 
 
 def assert_readable(figure: Any) -> None:
@@ -147,7 +185,8 @@ def assert_readable(figure: Any) -> None:
 
 
 def test_figures_are_readable(records: Path) -> None:
-    drawn = {stem: f for stem, _, _, f in report.figures_of(report.read([records]))}
+    (material,) = report.read([records])
+    drawn = {stem: f for stem, _, _, f in report.figures_of(material)}
     for figure in drawn.values():
         assert_readable(figure)
     (axes,) = drawn["roofline-1"].axes

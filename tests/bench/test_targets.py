@@ -124,14 +124,17 @@ def test_accelerate_case(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft", reason="in the hf extra")
     from bench.cases import accelerate
 
-    rows = accelerate.case_accelerate(SETTINGS, TINY, 8)
-    assert [r.work.partition(", ")[2] for r in rows] == [
+    rows = accelerate.case_accelerate(SETTINGS, TINY, 8, (64,), (3,))
+    kinds = [
         "float32, dropout 0",
         "float32, dropout 0.05",
         "bfloat16, dropout 0",
         "bfloat16, dropout 0.05",
     ]
-    assert [r.times_faster for r in rows] == [1.0, 1.0, 1.3, 1.3]
+    assert [r.work.partition(", ")[2] for r in rows[:4]] == kinds
+    works = [f"64 x 64 layer after accelerate(), 3 tokens, {kind}" for kind in kinds]
+    assert [r.work for r in rows[4:]] == works
+    assert [r.times_faster for r in rows] == [1.0, 1.0, 1.3, 1.3, 1.0, 1.0, 1.0, 1.0]
     assert all(r.ours.median > 0 for r in rows)
 
     class Other(nn.Module):
@@ -144,6 +147,10 @@ def test_accelerate_case(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(AssertionError, match="losses"):
         accelerate.verify(Other(1.0), Other(1.1), torch.zeros(1, 1), 1e-2)
+    one, other = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    accelerate.verify_layer(one, one, torch.ones(2, 4), 1e-6)
+    with pytest.raises(AssertionError, match="differ"):
+        accelerate.verify_layer(one, other, torch.ones(2, 4), 1e-2)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,25 @@ from tests.finetune.running import Command, write_corpus
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     return write_corpus(tmp_path / "corpus.txt")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collecting_little() -> Iterator[None]:
+    """Every run collects garbage, and would look at all that the test process has imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def plots() -> None:
+    """For tests of what a run draws; in the others' processes none draws anything."""
+
+
+@pytest.fixture(autouse=True)
+def without_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "plots" not in request.fixturenames:
+        monkeypatch.setattr("qlora_kernels.finetune.plots.write_plots", lambda *_: [])
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -14,8 +15,13 @@ from pathlib import Path
 import pytest
 
 from qlora_kernels import cli
+from qlora_kernels.finetune.python_text import documentation
 
 ROOT = Path(__file__).resolve().parents[2]
+# Where processes find a sitecustomize.py that saves a second of their start.
+QUICK_START = Path(__file__).resolve().parent / "quick_start"
+# It reads the whole library, and gives the same every time.
+documentation_once = functools.cache(documentation)
 # A run of seconds: few steps of few tokens.
 SHORT = ("--steps", "6", "--batch", "2", "--seq-len", "32", "--checkpoint-every", "2")
 
@@ -28,15 +34,18 @@ def write_corpus(path: Path) -> Path:
 
 
 class Command:
-    """`python -m qlora_kernels finetune` with a small text and short runs, in ``folder``."""
+    """`python -m qlora_kernels finetune` with a small text and short runs, in ``folder``.
 
-    def __init__(self, folder: Path, corpus: Path) -> None:
-        self.folder = folder
+    ``before`` are arguments that come before the command's name.
+    """
+
+    def __init__(self, folder: Path, corpus: Path, before: Sequence[str] = ()) -> None:
+        self.folder, self.before = folder, before
         self.options = ("--data", str(corpus), *SHORT)
 
     def arguments(self, options: Sequence[str]) -> list[str]:
         """Later options win, so a test may give any of them anew."""
-        return ["finetune", *self.options, *options]
+        return [*self.before, "finetune", *self.options, *options]
 
     def start(self, *options: str, prelude: str = "") -> subprocess.Popen[str]:
         """The command in a process; ``prelude`` is Python code that it runs first."""
@@ -46,7 +55,8 @@ class Command:
             how = ["-c", f"{program}sys.exit(cli.main({arguments!r}))"]
         else:
             how = ["-m", "qlora_kernels", *arguments]
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        given = os.environ.get("PYTHONPATH")
+        path = os.pathsep.join(filter(None, (str(QUICK_START), str(ROOT), given)))
         return subprocess.Popen(
             [sys.executable, *how],
             cwd=self.folder,

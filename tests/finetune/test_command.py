@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,11 @@ def test_settings_survive_the_way_to_a_process(tmp_path: Path) -> None:
     )
     settings = make_settings(arguments, "lora", tmp_path)
     assert settings_from_json(settings.to_json()) == settings
+
+
+def test_without_transformers(
+    command: Command, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert command.here("--model", "base", "--out", "run") == 1
+    assert "pip install 'qlora_kernels[hf]'" in capfd.readouterr().err

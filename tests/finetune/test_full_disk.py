@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qlora_kernels import files
+from qlora_kernels.finetune.plots import write_plots
 from qlora_kernels.finetune.run import replace_folder
-from tests.finetune.running import Command, losses, snapshot
+from tests.finetune.running import Command, losses, snapshot, write_corpus
 
-# Files may not grow beyond this: the system then fails the write half way,
-# as a full disk does.
-LIMIT = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+# Files may not grow beyond this: the system then fails the write half way, as a full disk does.
+LIMIT = 100_000
 
 
+@pytest.fixture
+def limited() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("limited")
 @pytest.mark.parametrize("method", ["full", "qlora"])
-def test_file_that_cannot_be_written_whole(method: str, command: Command) -> None:
-    done = command.run("--method", method, "--out", "run", prelude=LIMIT)
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
+def test_file_that_cannot_be_written_whole(
+    method: str, command: Command, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert command.here("--method", method, "--out", "run") == 1
+    out, err = capfd.readouterr()
+    last = err.splitlines()[-1]
     assert last.startswith("error: finetune: cannot write run/checkpoint.safetensors (File too")
-    assert "Traceback" not in done.stderr and done.stdout == ""
+    assert "Traceback" not in err and out == ""
     assert not (command.folder / "run").exists()
 
 
@@ -46,17 +60,33 @@ NAMES = ["checkpoint.safetensors", "adapter_model.safetensors", "adapter_config.
 NAMES += ["report.json", "report.md", "loss.png", "memory.png"]
 
 
+LORA = ("--method", "lora", "--steps", "2")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run, plots included."""
+    folder = tmp_path_factory.mktemp("finished")
+    command = Command(folder, write_corpus(folder / "corpus.txt"))
+    with pytest.MonkeyPatch.context() as drawing:
+        drawing.setattr("qlora_kernels.finetune.plots.write_plots", write_plots)
+        assert command.here(*LORA, "--out", str(folder / "run")) == 0
+    return folder / "run"
+
+
+@pytest.mark.usefixtures("plots")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_file_says_what_could_not_be_written(
     name: str,
+    finished: Path,
     command: Command,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    options = ("--method", "lora", "--steps", "2", "--out", "run")
     if name.endswith(".png"):
         pytest.importorskip("matplotlib")
-    assert command.here(*options) == 0
+    shutil.copytree(finished, command.folder / "run")
+    options = (*LORA, "--out", "run", "--data", str(finished.parent / "corpus.txt"))
     before = snapshot(command.folder / "run")
     fill_up(monkeypatch, name)
     capfd.readouterr()

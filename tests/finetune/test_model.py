@@ -17,6 +17,7 @@ from qlora_kernels.finetune.load import load_base
 from qlora_kernels.finetune.loop import next_token_loss
 from qlora_kernels.finetune.model import ByteLlama, ByteLlamaConfig
 from qlora_kernels.finetune.settings import Settings
+from tests.finetune.running import documentation_once
 
 
 def test_embedded_model_is_transformers_llama() -> None:
@@ -69,7 +70,10 @@ def test_embedded_model_predicts_python_better_than_chance(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_make_trains_and_writes_the_same_file_again(tmp_path: Path) -> None:
+def test_make_trains_and_writes_the_same_file_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make, "documentation", documentation_once)
     for name in ("a", "b"):
         make.main(["--out", str(tmp_path / name), "--steps", "1"])
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

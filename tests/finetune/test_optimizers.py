@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,9 +42,61 @@ RUNS_HERE = sorted(
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
 
-@pytest.fixture(params=RUNS_HERE)
-def fresh(request: pytest.FixtureRequest, corpus: Path) -> Callable[[], Job]:
+class Stream:
+    """A stream of a device that has finished everything when it is asked to."""
+
+    def __init__(self) -> None:
+        self.waited = 0
+
+    def wait_stream(self, other: Stream) -> None:
+        pass
+
+    def record_event(self) -> Stream:
+        return self
+
+    def synchronize(self) -> None:
+        self.waited += 1
+
+
+class OnTheHost:
+    """torch as torchao's offloaded optimizer sees it, with the device's side on the host as well;
+    `cuda` is what it asks of a device, and pinned memory is plain."""
+
+    def __init__(self, streams: list[Stream]) -> None:
+        def stream() -> Stream:
+            streams.append(Stream())
+            return streams[-1]
+
+        self.cuda = SimpleNamespace(
+            Stream=stream, current_stream=Stream, stream=lambda _: contextlib.nullcontext()
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty_like(self, tensor: torch.Tensor, pin_memory: bool = False, **options: Any) -> Any:
+        return torch.empty_like(tensor, **options)
+
+
+def both_sides_on_the_host(monkeypatch: pytest.MonkeyPatch) -> list[Stream]:
+    """Lets torchao's own CPUOffloadOptimizer run without a GPU; returns the streams it makes."""
+    pytest.importorskip("torchao", reason="in the bench extra")
+    module = importlib.import_module("torchao.optim.cpu_offload")
+    streams: list[Stream] = []
+    monkeypatch.setattr(module, "torch", OnTheHost(streams))
+    monkeypatch.setattr(module, "get_available_devices", lambda: ["cpu", "cuda"])
+    return streams
+
+
+@pytest.fixture(params=[*RUNS_HERE, *sorted(NEEDS_GPU)])
+def fresh(
+    request: pytest.FixtureRequest, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], Job]:
     """Makes the job of a short QLoRA run with an optimizer, as a new process would."""
+    device = CPU
+    if request.param in NEEDS_GPU:
+        both_sides_on_the_host(monkeypatch)
+        device = torch.device("cuda")
 
     def make() -> Job:
         settings = Settings(
@@ -58,7 +112,7 @@ def fresh(request: pytest.FixtureRequest, corpus: Path) -> Callable[[], Job]:
         )
         model = prepare(load_base(settings), settings)
         trained = trained_parameters(model).values()
-        optimizer = make_optimizer(trained, settings.optim, settings.lr, CPU)
+        optimizer = make_optimizer(trained, settings.optim, settings.lr, device)
         windows = load_windows(settings, ByteTokenizer())
         return Job(settings, model, optimizer, windows, Progress(), lambda: None)
 
@@ -136,65 +190,42 @@ def test_missing_package_is_named(
     assert not (command.folder / "run").exists()
 
 
-class Offloaded:
-    """What torchao's CPUOffloadOptimizer keeps, with both of its sides on the CPU."""
-
-    class Stream:
-        waited = 0
-
-        def synchronize(self) -> None:
-            self.waited += 1
-
-    def __init__(self, large: torch.nn.Parameter, small: torch.nn.Parameter) -> None:
-        self.stream = self.Stream()
-        host = large.detach().clone()
-        self.param_d2h_map = {large: host}
-        self.optim_dict = {large: torch.optim.AdamW([host], lr=0.1, fused=True)}
-        self.d_opt = torch.optim.AdamW([small], lr=0.1)
-
-    @property
-    def param_groups(self) -> list[Any]:
-        return [group for o in (*self.optim_dict.values(), self.d_opt) for group in o.param_groups]
-
-    def step(self) -> None:
-        for parameter, optimizer in self.optim_dict.items():
-            optimizer.step()
-            parameter.detach().copy_(self.param_d2h_map[parameter])
-        self.d_opt.step()
-
-
-def test_offloaded_state_is_saved_restored_and_clipped() -> None:
+def test_offloaded_state_is_saved_restored_and_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its parts are not where other optimizers have theirs."""
+    streams = both_sides_on_the_host(monkeypatch)
 
-    def parameters() -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
-        return torch.nn.Parameter(torch.ones(8, 8)), torch.nn.Parameter(torch.ones(3))
+    def pair() -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+        """One that is offloaded, and one that is too small to be."""
+        return torch.nn.Parameter(torch.ones(64, 64)), torch.nn.Parameter(torch.ones(3))
 
-    def give_gradients(optimizer: Offloaded, size: float) -> None:
-        for large, host in optimizer.param_d2h_map.items():
-            host.grad = torch.full_like(large, size)
-        optimizer.d_opt.param_groups[0]["params"][0].grad = torch.full((3,), size)
+    def give_gradients(pair: tuple[torch.nn.Parameter, ...], size: float) -> None:
+        for parameter in pair:
+            parameter.grad = None
+        torch.stack([(size * parameter).sum() for parameter in pair]).sum().backward()
 
-    pair = parameters()
-    first = Offloaded(*pair)
-    give_gradients(first, 1.0)
+    parameters = pair()
+    first: Any = make_optimizer(parameters, "offload-adamw", 0.1, torch.device("cuda"))
+    assert list(first.param_d2h_map) == [parameters[0]]
+    give_gradients(parameters, 1.0)
+    before = streams[0].waited
     clip_gradients(first, 0.5)
-    assert first.stream.waited == 1
+    assert streams[0].waited == before + 1
     gradients = [p.grad for group in first.param_groups for p in group["params"]]
     norm = torch.stack([g.norm() for g in gradients]).norm()
     assert float(norm) == pytest.approx(0.5, rel=1e-4)
     first.step()
-    states = {p: optimizer_state(first, p) for p in pair}
+    states = {p: optimizer_state(first, p) for p in parameters}
     assert all({"step", "exp_avg", "exp_avg_sq"} <= state.keys() for state in states.values())
 
-    copies = parameters()
-    with torch.no_grad():
-        for copy, original in zip(copies, pair, strict=True):
+    copies = pair()
+    second: Any = make_optimizer(copies, "offload-adamw", 0.1, torch.device("cuda"))
+    with torch.no_grad():  # after the optimizer has copied what they were
+        for copy, original in zip(copies, parameters, strict=True):
             copy.copy_(original)
-    second = Offloaded(*copies)
-    second.param_d2h_map[copies[0]].zero_()  # made before the parameter had its value
-    restored = {copy: states[original] for copy, original in zip(copies, pair, strict=True)}
+    restored = {copy: states[original] for copy, original in zip(copies, parameters, strict=True)}
     assert restore_optimizer(second, restored) is None
-    for optimizer in (first, second):
-        give_gradients(optimizer, 0.3)
+    for optimizer, given in ((first, parameters), (second, copies)):
+        give_gradients(given, 0.3)
         optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(pair, copies, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(parameters, copies, strict=True))
+    assert not torch.equal(parameters[0], torch.ones(64, 64))

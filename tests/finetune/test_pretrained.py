@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qlora_kernels import QLoRAKernelsConfig, QLoRALinear, load_adapter, replace_linear
+from qlora_kernels.finetune import loop
 from qlora_kernels.finetune.data import load_windows
 from qlora_kernels.finetune.load import load_base, load_tokenizer, prepare
 from qlora_kernels.finetune.settings import Settings
@@ -146,7 +147,6 @@ def test_pretrained_run_resumes_bit_for_bit(llama: Command, tmp_path: Path) -> N
 
 
 def test_tied_and_differently_named_output_layers_get_no_adapter(tmp_path: Path) -> None:
-
     text = write_corpus(tmp_path / "corpus.txt")
     size = save_tokenizer(tmp_path / "tied", text)
     save_llama(tmp_path / "tied", size, tie_word_embeddings=True)
@@ -200,11 +200,10 @@ def not_a_causal_model(folder: Path) -> None:
 def save_quantized(folder: Path, source: Path, kind: str) -> dict[str, torch.Tensor]:
     """A quantized checkpoint of `source`, by this library or by bitsandbytes; its packed codes."""
     if kind == "qlora_kernels":
-        how: Any = QLoRAKernelsConfig(format="fp4")
+        how: Any = QLoRAKernelsConfig(format="fp4", block_size=32, double_quant=False)
     else:
         pytest.importorskip("bitsandbytes", reason="the bnb extra")
-        double = {"bnb_4bit_use_double_quant": True}
-        how = transformers.BitsAndBytesConfig(load_in_4bit=True, **double)
+        how = transformers.BitsAndBytesConfig(load_in_4bit=True)
     auto = transformers.AutoModelForCausalLM
     model = auto.from_pretrained(source, quantization_config=how, dtype=torch.float32)
     model.save_pretrained(folder)
@@ -218,22 +217,26 @@ def test_quantized_checkpoints_are_taken_as_they_are(
 ) -> None:
     codes = save_quantized(tmp_path / "fp4", llama.folder / "base", kind)
     options = ("--model", str(tmp_path / "fp4"), "--rank", "4", "--dtype", "float32")
-    settings = Settings("qlora", tmp_path, model=options[1], format="fp4", rank=4, seq_len=32)
+    # Both are of fp4 without double quantization: no option is to be given to take them.
+    stored = {"format": "fp4", "double_quant": False}
+    settings = Settings("qlora", tmp_path, model=options[1], rank=4, seq_len=32, **stored)
     model = prepare(load_base(settings), settings)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QLoRALinear)}
     assert len(layers) == 14
     for name, layer in layers.items():
         assert torch.equal(layer.quantized_weight.codes, codes[f"{name}.weight"])
     run = tmp_path / "run"
-    assert llama.here(*options, "--format", "fp4", "--lr", "1e-2", "--out", str(run)) == 0
+    assert llama.here(*options, "--lr", "1e-2", "--out", str(run)) == 0
     train, before, after = losses(run, "qlora")
     assert len(train) == 6 and after < before
     report = json.loads((run / "report.json").read_text())["methods"]["qlora"]
+    assert report["settings"].items() >= stored.items()
     dense = sum(p.numel() for p in load(llama.folder / "base").parameters())
     assert report["total_parameters"] == dense + report["trainable_parameters"]
     for wrong, words in (
         (("--format", "nf4"), "--format must be as the model was quantized (fp4)"),
-        (("--format", "fp4", "--no-double-quant"), "--double-quant must be as"),
+        (("--format", "fp4", "--double-quant"), "--double-quant must be as"),
+        (("--block-size", "128"), "--block-size must be as"),
         (("--method", "lora"), "--model must be a dense model"),
     ):
         capfd.readouterr()
@@ -241,21 +244,25 @@ def test_quantized_checkpoints_are_taken_as_they_are(
         assert words in capfd.readouterr().err.splitlines()[-1]
 
 
-def test_gpt2_is_quantized_though_its_layers_are_not_linear(
-    command: Command, tmp_path: Path
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_gpt2_is_adapted_though_its_layers_are_not_linear(
+    method: str, command: Command, tmp_path: Path
 ) -> None:
     """transformers' Conv1D; its adapter is what PEFT has for such a layer."""
     peft = pytest.importorskip("peft", reason="the hf extra")
     gpt2(tmp_path / "gpt2")
     save_tokenizer(tmp_path / "gpt2", command.folder / "corpus.txt")
     options = ("--model", "gpt2", "--rank", "4", "--lr", "1e-2", "--dtype", "float32")
-    assert command.here(*options, "--out", "run") == 0
-    _, before, after = losses(tmp_path / "run", "qlora")
+    assert command.here(*options, "--method", method, "--out", "run") == 0
+    _, before, after = losses(tmp_path / "run", method)
     assert after < before
-    quantized = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "gpt2", quantization_config=QLoRAKernelsConfig(), dtype=torch.float32
+    assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["fan_in_fan_out"]
+    how = {"quantization_config": QLoRAKernelsConfig()} if method == "qlora" else {}
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "gpt2", dtype=torch.float32, **how
     )
-    model = peft.PeftModel.from_pretrained(quantized, tmp_path / "run").eval()
+    model = peft.PeftModel.from_pretrained(plain, tmp_path / "run").eval()
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 4
     windows = load_windows(
         Settings("qlora", tmp_path, data=(str(tmp_path / "corpus.txt"),), seq_len=32),
         load_tokenizer(Settings("qlora", tmp_path, model=str(tmp_path / "gpt2"))),
@@ -267,8 +274,21 @@ def test_gpt2_is_quantized_though_its_layers_are_not_linear(
     assert float(loss) == pytest.approx(after, abs=1e-4)
 
 
-def test_mixture_of_experts_is_quantized_whole(command: Command, tmp_path: Path) -> None:
-    """Its experts are no linear layers: they are stored in 4 bits too, and get no adapter."""
+def dies_at(last: int, train_step: Any) -> Any:
+    def dying(job: Any, step: int) -> float:
+        if step == last:
+            raise SystemError("killed")
+        return float(train_step(job, step))
+
+    return dying
+
+
+def test_mixture_of_experts_is_quantized_whole(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its experts are no linear layers: they are stored in 4 bits and get adapters too, which PEFT
+    loads and `--resume` goes on with."""
+    peft = pytest.importorskip("peft", reason="the hf extra")
     size = save_tokenizer(tmp_path / "mixture", tmp_path / "corpus.txt")
     config = transformers.MixtralConfig(
         vocab_size=size,
@@ -286,6 +306,26 @@ def test_mixture_of_experts_is_quantized_whole(command: Command, tmp_path: Path)
     assert command.here(*options, "--out", "run") == 0
     _, before, after = losses(tmp_path / "run", "qlora")
     assert after < before
+    tensors = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert all(tensor.any() for tensor in tensors.values())
+    assert sum(".experts." in name for name in tensors) == 4
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "mixture", quantization_config=QLoRAKernelsConfig(), dtype=torch.float32
+    )
+    ids = torch.arange(40)[None] % 256
+    theirs = peft.PeftModel.from_pretrained(quantized, tmp_path / "run").eval()
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        ours = theirs.unload()
+        load_adapter(ours, tmp_path / "run")
+        torch.testing.assert_close(ours(ids).logits, expected, atol=2e-5, rtol=1e-5)
+    monkeypatch.setattr(loop, "train_step", dies_at(4, loop.train_step))
+    with pytest.raises(SystemError):
+        command.here(*options, "--out", "again")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert command.here(*options, "--out", "again", "--resume") == 0
+    assert losses(tmp_path / "again", "qlora") == losses(tmp_path / "run", "qlora")
     report = json.loads((tmp_path / "run" / "report.json").read_text())["methods"]["qlora"]
     parameters = sum(p.numel() for p in dense.parameters())
     assert report["total_parameters"] == parameters + report["trainable_parameters"]
@@ -293,19 +333,9 @@ def test_mixture_of_experts_is_quantized_whole(command: Command, tmp_path: Path)
     assert report["base_bytes"] < 4 * kept + 0.6 * (parameters - kept)
 
 
-def lora_on_gpt2(folder: Path) -> tuple[str, ...]:
-    gpt2(folder)
-    return "--method", "lora"
-
-
 @pytest.mark.parametrize(
     ("make", "status", "words"),
     [
-        (
-            lora_on_gpt2,
-            2,
-            "--model must be one with linear layers (nn.Linear) besides its output layer",
-        ),
         (small_vocabulary, 1, "the model has 200 embeddings"),
         (truncated, 2, "--model must be a causal language model that transformers loads"),
         (no_weights, 2, "--model must be a causal language model that transformers loads"),
@@ -316,11 +346,11 @@ def test_models_that_cannot_be_tuned(
     make: Any, status: int, words: str, command: Command, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = command.folder / "broken"
-    options = make(folder) or ()
+    make(folder)
     save_tokenizer(folder, command.folder / "corpus.txt")
     before = snapshot(folder)
     capfd.readouterr()
-    assert command.here("--model", "broken", "--out", "run", "--rank", "4", *options) == status
+    assert command.here("--model", "broken", "--out", "run", "--rank", "4") == status
     err = capfd.readouterr().err.splitlines()[-1]
     assert err.startswith("error: ") and words in err
     assert snapshot(folder) == before and not (command.folder / "run").exists()
@@ -338,13 +368,25 @@ def test_rank_above_the_smallest_layer(
     options = (*OPTIONS, "--rank", "33", "--out", str(tmp_path / "run"))
     assert llama.here(*options) == 2
     err = capfd.readouterr().err.splitlines()[-1]
-    assert "k_proj" in err and "1 … 32" in err and not (tmp_path / "run").exists()
+    assert "--rank must be in 1 … 32, for model.layers.0.self_attn.k_proj" in err
+    assert not (tmp_path / "run").exists()
 
 
-def test_without_transformers(
-    command: Command, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_a_target_that_is_not_there_is_named(
+    llama: Command, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    options = (*OPTIONS, "--targets", "q_proj", "nosuch", "--out", str(tmp_path / "run"))
+    assert llama.here(*options) == 2
+    err = capfd.readouterr().err.splitlines()[-1]
+    assert "--targets must be out of q_proj, k_proj" in err and err.endswith("got nosuch")
 
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert command.here("--model", "base", "--out", "run") == 1
-    assert "pip install 'qlora_kernels[hf]'" in capfd.readouterr().err
+
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_float16_learns_as_float32_does(method: str, llama: Command, tmp_path: Path) -> None:
+    """Gradients of a mean over the tokens of a step would be below its smallest number."""
+    found = {}
+    for dtype in ("float16", "float32"):
+        options = (*OPTIONS[:-1], str(tmp_path / dtype), "--method", method, "--dtype", dtype)
+        assert llama.here(*options) == 0
+        found[dtype] = losses(tmp_path / dtype, method)[1:]
+    assert found["float16"] == pytest.approx(found["float32"], abs=0.01)

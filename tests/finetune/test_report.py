@@ -25,7 +25,7 @@ from qlora_kernels.finetune.report import (
     text_table,
     with_gains,
 )
-from tests.finetune.running import ROOT, Command
+from tests.finetune.running import QUICK_START, ROOT, Command
 
 
 def method_report(method: str, before: float, after: float, **changes: Any) -> MethodReport:
@@ -135,7 +135,7 @@ def test_terminal_gets_a_bar(command: Command) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "qlora_kernels", *command.arguments(["--method", "lora"])],
         cwd=command.folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{QUICK_START}{os.pathsep}{ROOT}"},
         stdout=subprocess.PIPE,
         stderr=theirs,
         text=True,

@@ -8,7 +8,8 @@ import pytest
 
 from qlora_kernels import get_format, list_formats
 from qlora_kernels.errors import ArgumentError, CheckpointError
-from qlora_kernels.lab.variants import Variant, axes, choices, import_definitions, make_variants
+from qlora_kernels.formats.definitions import import_definitions
+from qlora_kernels.lab.variants import Variant, axes, choices, make_variants
 
 DEFINITION = """
 import qlora_kernels as qlk

@@ -12,7 +12,7 @@ from torch import nn
 
 import qlora_kernels as qlk
 from qlora_kernels import cli
-from qlora_kernels.lab.variants import import_definitions
+from qlora_kernels.formats.definitions import import_definitions
 from tests.finetune.running import ROOT, write_corpus
 from tests.lab.running import needs_minilm, rows, write_weights
 

@@ -15,7 +15,6 @@ from qlora_kernels.errors import ArgumentError, ArgumentTypeError, BackendError
 from qlora_kernels.testing.errors import assert_as_accurate, assert_bitwise_equal
 
 ops = torch.ops.qlora_kernels
-NESTED = (False, True)
 
 
 def operands_of(double_quant: bool = True, shape: tuple[int, int] = (33, 65)) -> tuple[Any, ...]:
@@ -23,8 +22,7 @@ def operands_of(double_quant: bool = True, shape: tuple[int, int] = (33, 65)) ->
     return qlk.quantize(torch.randn(shape), double_quant=double_quant).operands()
 
 
-@pytest.mark.parametrize("nested", NESTED)
-@pytest.mark.parametrize("tokens", [0, 1, 40])
+@pytest.mark.parametrize(("tokens", "nested"), [(0, True), (1, False), (40, True)])
 def test_opcheck(tokens: int, nested: bool) -> None:
     weight = operands_of(nested)
     x, grad_y = torch.randn(tokens, 65), torch.randn(tokens, 33)
