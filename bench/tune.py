@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -63,17 +64,19 @@ def candidates(base: MatmulConfig, sizes: MatmulSizes, direction: str) -> list[M
     found = [base]
     group = launch_config.scale_group(sizes.block_size)
     parts = (base.splits, 1, max(1, base.splits // 2), 2 * base.splits)
-    for tile_m in {base.tile_m, max(16, base.tile_m // 2), min(256, 2 * base.tile_m)}:
-        for tile_n in {base.tile_n, max(32, base.tile_n // 2), min(256, 2 * base.tile_n)}:
-            for tile_k in {base.tile_k, max(group, base.tile_k // 2), 2 * base.tile_k}:
-                for splits in set(parts) if direction == "forward" else {1}:
-                    for warps in {base.num_warps, 4, 8}:
-                        for stages in {base.num_stages, 2, 3, 4}:
-                            config = MatmulConfig(tile_m, tile_n, tile_k, splits, warps, stages)
-                            if differences(config, base) <= 2 and possible(
-                                config, sizes, direction
-                            ):
-                                found.append(config)
+    for values in itertools.product(
+        {base.tile_m, max(16, base.tile_m // 2), min(256, 2 * base.tile_m)},
+        {base.tile_n, max(32, base.tile_n // 2), min(256, 2 * base.tile_n)},
+        {base.tile_k, max(group, base.tile_k // 2), 2 * base.tile_k},
+        set(parts) if direction == "forward" else {1},
+        {base.num_warps, 4, 8},
+        {base.num_stages, 2, 3, 4},
+        # Every kernel can gather; where bytes may be permuted is the heuristic's to say.
+        {base.decode, "gather"},
+    ):
+        config = MatmulConfig(*values)
+        if differences(config, base) <= 2 and possible(config, sizes, direction):
+            found.append(config)
     return list(dict.fromkeys(found))
 
 

@@ -135,7 +135,7 @@ def test_settings_refuse_what_they_are_given_wrong(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="--method must be one of full, lora, qlora, got x"):
         Settings("x", tmp_path)
     with pytest.raises(ArgumentError, match="--dtype"):
-        Settings("lora", tmp_path, dtype="float16")
+        Settings("lora", tmp_path, dtype="float64")
     with pytest.raises(ArgumentError, match=r"--format must be one of .*nf4.*, got nf5"):
         Settings("lora", tmp_path, format="nf5")
 
