@@ -122,10 +122,10 @@ def test_the_same_tests_pass_on_the_right_kernels(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_tests_pass_on_the_right_emulated_kernels(
-    emulated: dict[str, Path], tmp_path: Path
-) -> None:
-    library = link(emulated, tmp_path / "libright.so")
+def test_the_same_tests_pass_on_the_right_emulated_kernels(tmp_path: Path) -> None:
+    if reason := why_no_emulated_amx():
+        pytest.skip(reason)
+    library = link(emulated_objects(tmp_path / "twin"), tmp_path / "libright.so")
     names = sorted({mutation.tests for mutation in MUTATIONS if mutation.emulated})
     levels = " or ".join(f"[{isa}- or [{isa}]" for isa in EMULATED)
     done = run_tests(library, [*names, "-k", levels])
