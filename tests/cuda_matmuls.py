@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from qlora_kernels.formats import Codebook, list_formats
@@ -38,31 +40,65 @@ def fused_matmul(
     """y [M,N]; with `xa` [M,R] and `lora_b` [N,R], the adapter's term is added. `xa_gap`: other
     columns between the rows of xa. With an `adapter` [S,K] in place of xa, x · adapterᵀ is launched
     ahead of the product, and xa is its first R columns."""
-    tokens, (rows, cols) = len(x), weight.shape
+    tokens, rows = len(x), weight.shape[0]
     tiles = -(-tokens // _columns(tokens)) * -(-rows // TILE_N)
     projected = {}
     if adapter is not None:
         projected = {"result": torch.empty(tokens, len(adapter), dtype=x.dtype)}
         xa_gap = len(adapter)
+    operands = matmul_operands(x, weight, bias, xa, lora_b, xa_gap)
     got = runner.call(
         "projected_matmul" if projected else "fused_matmul",
         seed=seed,
         integers={
+            **operands.integers,
+            "adapter_dtype": 0 if adapter is None else DTYPE_NUMBERS[adapter.dtype],
+            "splits": splits,
+        },
+        reals={"scaling": scaling},
+        inputs={**operands.inputs, "adapter": adapter},
+        outputs={
+            **projected,
+            "y": torch.empty(tokens, rows, dtype=x.dtype),
+            "partials": torch.empty(tiles * splits * TILE_N * _columns(tokens)),
+        },
+        changed={"tickets": torch.zeros(tiles, dtype=torch.int32)},
+    )
+    assert not got["tickets"].any(), "tickets are left for the next launch"
+    return got["y"]
+
+
+class Operands(NamedTuple):
+    """What a request of every matmul has."""
+
+    integers: dict[str, int]
+    inputs: dict[str, torch.Tensor | None]
+
+
+def matmul_operands(
+    x: torch.Tensor,
+    weight: WeightOperands,
+    bias: torch.Tensor | None,
+    xa: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    xa_gap: int,
+) -> Operands:
+    """`xa_gap`: other columns between the rows of xa."""
+    rows, cols = weight.shape
+    return Operands(
+        {
             "scale_block_size": weight.scale_block_size,
             "rows": rows,
             "cols": cols,
             "block_size": weight.block_size,
             "dtype": DTYPE_NUMBERS[x.dtype],
-            "tokens": tokens,
+            "tokens": len(x),
             "bias_dtype": 0 if bias is None else DTYPE_NUMBERS[bias.dtype],
             "lora_b_dtype": 0 if lora_b is None else DTYPE_NUMBERS[lora_b.dtype],
             "rank": 0 if lora_b is None else lora_b.shape[1],
-            "adapter_dtype": 0 if adapter is None else DTYPE_NUMBERS[adapter.dtype],
             "xa_stride": xa_gap + (0 if xa is None else xa.shape[1]),
-            "splits": splits,
         },
-        reals={"scaling": scaling},
-        inputs={
+        {
             "codes": weight.codes,
             "codebook": weight.codebook,
             "absmax": weight.absmax,
@@ -74,17 +110,8 @@ def fused_matmul(
             "bias": bias,
             "xa": None if xa is None else with_gap(xa, xa_gap),
             "lora_b": lora_b,
-            "adapter": adapter,
         },
-        outputs={
-            **projected,
-            "y": torch.empty(tokens, rows, dtype=x.dtype),
-            "partials": torch.empty(tiles * splits * TILE_N * _columns(tokens)),
-        },
-        changed={"tickets": torch.zeros(tiles, dtype=torch.int32)},
     )
-    assert not got["tickets"].any(), "tickets are left for the next launch"
-    return got["y"]
 
 
 def with_gap(xa: torch.Tensor, columns: int) -> torch.Tensor:

@@ -9,8 +9,7 @@ from qlora_kernels.backends.cuda.wgmma import WgmmaTile, scratch_sizes
 from qlora_kernels.formats import Codebook, list_formats
 from qlora_kernels.formats.quantized_weight import WeightOperands
 from qlora_kernels.testing.errors import assert_bitwise_equal
-from tests.cuda_codecs import DTYPE_NUMBERS
-from tests.cuda_matmuls import HALVES, with_gap
+from tests.cuda_matmuls import HALVES, matmul_operands
 from tests.emulation.cuda.runner import Runner
 from tests.problems import random_qlora, random_weight
 from tests.tolerances import assert_matmul, assert_qlora
@@ -36,38 +35,18 @@ def wgmma_matmul(
     tokens, (rows, cols) = len(x), weight.shape
     rank = 0 if lora_b is None else lora_b.shape[1]
     scratch = scratch_sizes(tokens, rows, cols, rank, WgmmaTile(*tile, blocks))
+    operands = matmul_operands(x, weight, bias, xa, lora_b, GAP)
     got = runner.call(
         "wgmma_matmul",
         seed=seed,
         integers={
-            "scale_block_size": weight.scale_block_size,
-            "rows": rows,
-            "cols": cols,
-            "block_size": weight.block_size,
-            "dtype": DTYPE_NUMBERS[x.dtype],
-            "tokens": tokens,
-            "bias_dtype": 0 if bias is None else DTYPE_NUMBERS[bias.dtype],
-            "lora_b_dtype": 0 if lora_b is None else DTYPE_NUMBERS[lora_b.dtype],
-            "rank": rank,
-            "xa_stride": rank + GAP,
+            **operands.integers,
             "tile_rows": tile[0],
             "tile_tokens": tile[1],
             "blocks": blocks,
         },
         reals={"scaling": scaling},
-        inputs={
-            "codes": weight.codes,
-            "codebook": weight.codebook,
-            "absmax": weight.absmax,
-            "scale_codes": weight.scale_codes,
-            "scale_absmax": weight.scale_absmax,
-            "scale_offset": weight.scale_offset,
-            "scale_codebook": weight.scale_codebook,
-            "x": x,
-            "bias": bias,
-            "xa": None if xa is None else with_gap(xa, GAP),
-            "lora_b": lora_b,
-        },
+        inputs=operands.inputs,
         outputs={
             "y": torch.empty(tokens, rows, dtype=x.dtype),
             "partials": torch.empty(scratch.partials),

@@ -1,20 +1,12 @@
 // torch.ops.qlora_kernels_cuda.fused_matmul, down_projection and dropout
 #include <algorithm>
 
-#include "cuda_utils.h"
+#include "cuda_matmul_operands.h"
 #include "qlk/dropout.h"
 
 namespace {
 
 using namespace qlk::bindings;
-
-// A contiguous [rows, cols] CUDA tensor; returns rows.
-int64_t check_matrix(const char* op, const char* name, const Tensor& tensor, int64_t cols) {
-  STD_TORCH_CHECK(
-      tensor.is_cuda() && tensor.dim() == 2 && tensor.is_contiguous() && tensor.size(1) == cols, op,
-      ": ", name, " must be a contiguous CUDA tensor [rows, ", cols, "]");
-  return tensor.size(0);
-}
 
 // The checked operands of result [M,R] = x [M,K] · adapterᵀ [R,K].
 qlk::cuda::DownProjectionParams projection_params(const char* op, const Tensor& x,
@@ -41,33 +33,8 @@ void fused_matmul(const Tensor& x, QLK_WEIGHT_PARAMETERS, const OptionalTensor& 
                   const OptionalTensor& tickets, const OptionalTensor& projected,
                   const OptionalTensor& adapter, const OptionalTensor& projection, int64_t stream) {
   constexpr const char* kOp = "fused_matmul";
-  qlk::cuda::FusedMatmulParams p;
-  p.weight = quantized_view(kOp, QLK_WEIGHT_ARGUMENTS, Place::kCuda);
-  p.dtype = float_dtype(kOp, "x", x);
-  p.tokens = check_matrix(kOp, "x", x, cols);
-  STD_TORCH_CHECK(check_matrix(kOp, "y", y, rows) == p.tokens, kOp, ": y must have ", p.tokens,
-                  " rows, got ", y.size(0));
-  STD_TORCH_CHECK(y.scalar_type() == x.scalar_type(), kOp, ": y must be of x's dtype");
-  p.x = x.const_data_ptr();
-  p.y = y.mutable_data_ptr();
-  if (bias) {
-    p.bias_dtype = float_dtype(kOp, "bias", *bias);
-    p.bias = read_cuda<void>(kOp, "bias", *bias, bias->scalar_type(), rows);
-  }
-  STD_TORCH_CHECK(xa.has_value() == lora_b.has_value(), kOp, ": xa and lora_b come together");
-  if (xa) {
-    p.lora_b_dtype = float_dtype(kOp, "lora_b", *lora_b);
-    p.rank = xa->dim() == 2 ? xa->size(1) : 0;
-    p.xa_stride = xa->dim() == 2 && p.tokens > 1 ? xa->stride(0) : p.rank;
-    // Columns of a wider matrix: the products of several adapters stand side by side.
-    STD_TORCH_CHECK(xa->is_cuda() && xa->scalar_type() == x.scalar_type() && xa->dim() == 2 &&
-                        xa->size(0) == p.tokens && (p.rank <= 1 || xa->stride(1) == 1) &&
-                        p.xa_stride >= p.rank,
-                    kOp, ": xa must be [", p.tokens, ", R] of x's dtype, with rows of unit stride");
-    p.xa = xa->const_data_ptr();
-    p.lora_b = read_cuda<void>(kOp, "lora_b", *lora_b, lora_b->scalar_type(), rows * p.rank);
-    p.scaling = static_cast<float>(scaling);
-  }
+  qlk::cuda::FusedMatmulParams p =
+      matmul_operands(kOp, x, QLK_WEIGHT_ARGUMENTS, bias, xa, lora_b, scaling, y);
   STD_TORCH_CHECK(splits >= 1 && splits <= 65535, kOp, ": splits must be in 1 ... 65535, got ",
                   splits);
   p.splits = static_cast<int>(splits);

@@ -1,13 +1,13 @@
 // torch.ops.qlora_kernels_cuda.wgmma_matmul
-#include "cuda_utils.h"
+#include "cuda_matmul_operands.h"
 #include "qlk/cuda/launch_sm90.h"
 
 namespace {
 
 using namespace qlk::bindings;
 
-// `xa` [M,R] and `lora_b` [N,R] come together or not at all; `arranged`, `partials` and `tickets`
-// are the scratch that qlk/cuda/launch_sm90.h describes.
+// Operands as matmul_operands has them; `arranged`, `partials` and `tickets` are the scratch that
+// qlk/cuda/launch_sm90.h describes.
 void wgmma_matmul(const Tensor& x, QLK_WEIGHT_PARAMETERS, const OptionalTensor& bias,
                   const OptionalTensor& xa, const OptionalTensor& lora_b, double scaling,
                   const Tensor& y, int64_t tile_rows, int64_t tile_tokens, int64_t blocks,
@@ -17,30 +17,7 @@ void wgmma_matmul(const Tensor& x, QLK_WEIGHT_PARAMETERS, const OptionalTensor& 
   namespace cuda = qlk::cuda;
   cuda::WgmmaMatmulParams call;
   cuda::FusedMatmulParams& p = call.operands;
-  p.weight = quantized_view(kOp, QLK_WEIGHT_ARGUMENTS, Place::kCuda);
-  p.dtype = float_dtype(kOp, "x", x);
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == cols, kOp, ": x must be [M, ", cols, "]");
-  p.tokens = x.size(0);
-  p.x = read_cuda<void>(kOp, "x", x, x.scalar_type(), p.tokens * cols);
-  p.y = write_cuda<void>(kOp, "y", y, x.scalar_type(), p.tokens * rows);
-  if (bias) {
-    p.bias_dtype = float_dtype(kOp, "bias", *bias);
-    p.bias = read_cuda<void>(kOp, "bias", *bias, bias->scalar_type(), rows);
-  }
-  STD_TORCH_CHECK(xa.has_value() == lora_b.has_value(), kOp, ": xa and lora_b come together");
-  if (xa) {
-    p.lora_b_dtype = float_dtype(kOp, "lora_b", *lora_b);
-    p.rank = xa->dim() == 2 ? xa->size(1) : 0;
-    p.xa_stride = xa->dim() == 2 && p.tokens > 1 ? xa->stride(0) : p.rank;
-    // Columns of a wider matrix: the products of several adapters stand side by side.
-    STD_TORCH_CHECK(xa->is_cuda() && xa->scalar_type() == x.scalar_type() && xa->dim() == 2 &&
-                        xa->size(0) == p.tokens && (p.rank <= 1 || xa->stride(1) == 1) &&
-                        p.xa_stride >= p.rank,
-                    kOp, ": xa must be [", p.tokens, ", R] of x's dtype, with rows of unit stride");
-    p.xa = xa->const_data_ptr();
-    p.lora_b = read_cuda<void>(kOp, "lora_b", *lora_b, lora_b->scalar_type(), rows * p.rank);
-    p.scaling = static_cast<float>(scaling);
-  }
+  p = matmul_operands(kOp, x, QLK_WEIGHT_ARGUMENTS, bias, xa, lora_b, scaling, y);
   STD_TORCH_CHECK(cuda::wgmma_matmul_runs(tile_rows, tile_tokens), kOp, ": no tiles of ", tile_rows,
                   " rows and ", tile_tokens, " tokens");
   STD_TORCH_CHECK(blocks >= 1 && blocks < int64_t{1} << 20, kOp, ": blocks must be positive, got ",
