@@ -181,7 +181,10 @@ def test_pretrained_model_is_quantized_while_it_loads(checkpoints: Path) -> None
     )
     measured = json.loads(done.stdout)
     peak, left, held = measured["qlora"]
-    assert peak <= held + SHARD and left <= 1.05 * held
+    bound = held + SHARD
+    assert peak <= bound and left <= 1.05 * held
     assert held < 51e6 * 4.2 / 8 + 5e6
+    # The bound would see a dense model. (Its own peak is no exact figure: a heap that the load
+    # before it grew serves a part of the next one.)
     peak, _, held = measured["lora"]
-    assert peak > 51e6 * 2 > held / 1.05
+    assert peak > 1.25 * bound and 51e6 * 2 <= held < 51e6 * 2 * 1.05
