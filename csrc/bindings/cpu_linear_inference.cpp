@@ -59,7 +59,7 @@ Tensor empty_result(const Tensor& x, int64_t rows) {
   return Tensor(handle);
 }
 
-// `dot_tokens`, `tile_tokens`: most tokens of the fp32 products, fewest of AMX tiles, which have no
+// `dot_tokens`, `tile_tokens`: most tokens of the dot products, fewest of AMX tiles, which have no
 // upper limit.
 OptionalTensor linear_inference(const Tensor& x, QLK_WEIGHT_PARAMETERS, const OptionalTensor& bias,
                                 const OptionalTensor& lora_a, const OptionalTensor& lora_b,

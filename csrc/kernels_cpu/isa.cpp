@@ -72,8 +72,9 @@ Isa detect() {
   if (!has_bits(xcr0, kAvxState | kAvx512State) || !has_bits(leaf7.ebx, bits({16, 17, 28, 30, 31})))
     return Isa::kAvx2;
   const Registers leaf7_1 = cpuid(7, 1);
-  // AVX512 VBMI 1, VBMI2 6; AVX512_BF16 5.
-  if (!has_bits(leaf7.ecx, bits({1, 6})) || !has_bits(leaf7_1.eax, bits({5}))) return Isa::kAvx512;
+  // AVX512 VBMI 1, VBMI2 6, VNNI 11; AVX512_BF16 5.
+  if (!has_bits(leaf7.ecx, bits({1, 6, 11})) || !has_bits(leaf7_1.eax, bits({5})))
+    return Isa::kAvx512;
   // AMX-BF16 22, AMX-TILE 24.
   if (!has_bits(xcr0, kAmxState) || !has_bits(leaf7.edx, bits({22, 24})) || !request_amx_tiles())
     return Isa::kAvx512Bf16;

@@ -1,6 +1,7 @@
-// y = x Ŵᵀ for few tokens, in fp32: each weight is decoded once, in registers or in the first-level
-// cache, and multiplied with every token. A token's sums do not depend on the other tokens.
+// y = x Ŵᵀ for few tokens: each weight is decoded once, in registers or in the first-level cache,
+// and multiplied with every token. A token's sums do not depend on the other tokens.
 #include <algorithm>
+#include <cmath>
 
 #include "qlk/convert.h"
 #include "qlk/decode_span.h"
@@ -36,12 +37,19 @@ void strip_by_chunks(const QuantizedView& weight, const float* x, int64_t tokens
   }
 }
 
+// How a pass holds its tokens.
+enum class Held { kRows, kInterleavedFloats, kInterleavedIntegers };
+
+XLayout layout_of(Held held) {
+  return held == Held::kInterleavedFloats ? XLayout::kFloat : XLayout::kInteger;
+}
+
 struct Pass {
   const QuantizedMatmulParams* params;
   Isa isa;
+  Held held;
   int64_t token_begin, tokens;
-  const float* x;  // [tokens, K], or as interleave_for_strips lays it out
-  bool interleaved;
+  const float* x;  // [tokens, K], or as interleave_row lays it out
 };
 
 // Low-rank term, bias and rounding of a strip; `tile` is scratch for the term's right side.
@@ -81,14 +89,54 @@ Status run_pass(const Pass& pass, const ThreadPool& pool) {
     alignas(64) float out[kPassTokens * kStrip], products[kPassTokens * kStrip];
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t row = strip * kStrip, rows = std::min(kStrip, p.weight.rows - row);
-      if (pass.interleaved)
-        strip_interleaved(p.weight, pass.x, pass.tokens, row, rows, tile + tile_size, kStrip, out);
-      else
+      if (pass.held == Held::kRows)
         strip_by_chunks(p.weight, pass.x, pass.tokens, row, rows, pass.isa, out);
+      else
+        strip_interleaved(p.weight, layout_of(pass.held), pass.isa, pass.x, pass.tokens, row, rows,
+                          tile + tile_size, kStrip, out);
       finish_strip(pass, row, rows, tile, products, out);
     }
   });
   return failure.status();
+}
+
+Held preferred_way(const QuantizedMatmulParams& params, Isa isa) {
+  if (!strip_interleaved_runs(isa)) return Held::kRows;
+  // A table with NaN where no code points has no integers for them.
+  const float* codebook = params.weight.codebook;
+  const bool finite =
+      std::all_of(codebook, codebook + 16, [](float c) { return std::isfinite(c); });
+  return finite && params.dtype == DType::kBFloat16 ? Held::kInterleavedIntegers
+                                                    : Held::kInterleavedFloats;
+}
+
+// Floats that a token takes.
+int64_t token_floats(Held held, int64_t cols) {
+  return held == Held::kRows ? cols : phase_count(cols) * interleaved_row(cols, layout_of(held));
+}
+
+// Tokens from pass->token_begin on, at most `most`, to x, and how they are held: the first token
+// decides, and one that has to be held otherwise begins the next pass. What a token's sums are may
+// depend on nothing but the token.
+void hold_tokens(Held preferred, int64_t most, float* x, Pass* pass) {
+  const QuantizedMatmulParams& p = *pass->params;
+  const int64_t K = p.weight.cols;
+  pass->held = preferred;
+  const auto hold = [&](int64_t t) {
+    const void* source = element_at(p.x, p.dtype, (pass->token_begin + t) * K);
+    float* target = x + t * token_floats(pass->held, K);
+    if (pass->held != Held::kRows)
+      return interleave_row(source, p.dtype, K, layout_of(pass->held), target);
+    load_f32(source, p.dtype, 0, K, pass->isa, target);
+    return true;
+  };
+  pass->tokens = 0;
+  while (pass->tokens < most && hold(pass->tokens)) ++pass->tokens;
+  if (pass->tokens > 0) return;
+  // NaN or Inf in a token whose kind is held as integers.
+  pass->held = Held::kInterleavedFloats;
+  hold(0);
+  pass->tokens = 1;
 }
 
 }  // namespace
@@ -96,28 +144,25 @@ Status run_pass(const Pass& pass, const ThreadPool& pool) {
 Status quantized_matmul_dot(const QuantizedMatmulParams& params, Isa isa, const ThreadPool& pool) {
   static thread_local Scratch scratch;
   const int64_t K = params.weight.cols;
-  // The choice may not depend on M: a token's sums have one order.
-  const bool interleaved = strip_interleaved_runs(params.weight, isa);
-  for (int64_t begin = 0; begin < params.tokens; begin += kPassTokens) {
-    const int64_t tokens = std::min(kPassTokens, params.tokens - begin);
-    const float* x = nullptr;
-    if (interleaved || params.dtype != DType::kFloat32) {
-      const int64_t row = interleaved ? interleaved_row(K) : K;
-      auto* copy =
-          static_cast<float*>(scratch.reserve(tokens * row * static_cast<int64_t>(sizeof(float))));
-      if (!copy) return Status::kOutOfMemory;
-      for (int64_t t = 0; t < tokens; ++t) {
-        const void* source = element_at(params.x, params.dtype, (begin + t) * K);
-        if (interleaved)
-          interleave_row(source, params.dtype, K, copy + t * row);
-        else
-          load_f32(source, params.dtype, 0, K, isa, copy + t * row);
-      }
-      x = copy;
+  const Held preferred = preferred_way(params, isa);
+  const bool in_place = preferred == Held::kRows && params.dtype == DType::kFloat32;
+  const int64_t pass_tokens = preferred == Held::kRows ? kPassTokens : kPassTokens / phase_count(K);
+  Pass pass{&params, isa, preferred, 0, 0, nullptr};
+  for (; pass.token_begin < params.tokens; pass.token_begin += pass.tokens) {
+    const int64_t most = std::min(pass_tokens, params.tokens - pass.token_begin);
+    if (in_place) {
+      pass.x = static_cast<const float*>(params.x) + pass.token_begin * K;
+      pass.tokens = most;
     } else {
-      x = static_cast<const float*>(params.x) + begin * K;
+      // A token takes the most floats as fp32 numbers.
+      const Held largest = preferred == Held::kRows ? preferred : Held::kInterleavedFloats;
+      auto* x = static_cast<float*>(
+          scratch.reserve(most * token_floats(largest, K) * static_cast<int64_t>(sizeof(float))));
+      if (!x) return Status::kOutOfMemory;
+      hold_tokens(preferred, most, x, &pass);
+      pass.x = x;
     }
-    const Status status = run_pass({&params, isa, begin, tokens, x, interleaved}, pool);
+    const Status status = run_pass(pass, pool);
     if (status != Status::kOk) return status;
   }
   return Status::kOk;

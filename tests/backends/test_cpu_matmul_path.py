@@ -22,14 +22,22 @@ AMX = ISA_NAMES.index("amx")
 
 @pytest.mark.parametrize("level", LEVELS, ids=ISA_NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_few_tokens_are_fused_and_many_are_not(level: int, dtype: torch.dtype) -> None:
-    paths = [choose_path(tokens, 4096, 4096, dtype, level) for tokens in range(600)]
-    assert paths[0] == paths[1] == "dot"
+@pytest.mark.parametrize("backward", [False, True])
+def test_few_tokens_are_fused_and_many_are_not(
+    level: int, dtype: torch.dtype, backward: bool
+) -> None:
+    paths = [
+        choose_path(tokens, 4096, 4096, dtype, level, False, backward) for tokens in range(600)
+    ]
+    assert paths[0] == "dot"
     if level == AMX and dtype == torch.bfloat16:
-        assert set(paths[2:]) == {"tiles"}
+        # A grad_x of one token is tiles already.
+        first = paths.index("tiles")
+        assert first == 1 if backward else 1 < first < 16
+        assert set(paths[:first]) == {"dot"} and set(paths[first:]) == {"tiles"}
         return
     first = paths.index("panels")
-    assert 1 < first < 64
+    assert 1 < first <= 65
     assert set(paths[:first]) == {"dot"} and set(paths[first:]) == {"panels"}
 
 

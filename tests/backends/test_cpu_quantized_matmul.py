@@ -231,6 +231,45 @@ def test_a_row_that_is_not_finite_stays_alone(isa: int, dtype: torch.dtype, bad:
                 assert not finite[1].any() and finite[torch.arange(tokens) != 1].all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_row_that_is_not_finite_changes_no_bit_of_another(isa: int, dtype: torch.dtype) -> None:
+    # bf16 multiplies as integers where it can: a row that cannot goes alone.
+    for shape in ((17, 100), (40, 256)):
+        weight = random_weight(shape, 64, "nested")
+        x = torch.randn(6, shape[1]).to(dtype)
+        expected = quantized_matmul_cpu(isa, x, weight, None, True)
+        for bad in ([0], [5], [1, 2, 4]):
+            changed = x.clone()
+            changed[bad, 3] = math.inf
+            y = quantized_matmul_cpu(isa, changed, weight, None, True)
+            finite = [t for t in range(6) if t not in bad]
+            assert_bitwise_equal(y[finite], expected[finite])
+            assert not y[bad].isfinite().any()
+
+
+@pytest.mark.parametrize("size", [2.0**-100, 1.0, 2.0**100])
+@pytest.mark.parametrize("outlier", [2.0**6, 2.0**20])
+def test_numbers_of_very_different_sizes(isa: int, size: float, outlier: float) -> None:
+    # Eight neighbours of bf16 share an exponent where they multiply as integers.
+    weight = random_weight((72, 520), 64, "nested")
+    for tokens in (1, 4, 9):
+        x = torch.randn(tokens, 520) * size
+        x[:, ::9] *= outlier
+        x[:, ::7] /= outlier
+        x[:, 40:80] = 0.0
+        x = x.to(torch.bfloat16)
+        assert_matmul(quantized_matmul_cpu(isa, x, weight), x, weight)
+
+
+def test_the_largest_sums(isa: int) -> None:
+    # All of one sign and of the most bits: 8 products fill 31 bits where they are integers.
+    weight = random_weight((16, 256), 64)
+    weight = weight._replace(codes=torch.full_like(weight.codes, 0xFF))
+    for sign in (1.0, -1.0):
+        x = torch.full((3, 256), sign * (2.0 - 2.0**-7)).to(torch.bfloat16)
+        assert_matmul(quantized_matmul_cpu(isa, x, weight), x, weight)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matmul_takes_any_strides(isa: int, dtype: torch.dtype) -> None:
     weight = random_weight((33, 96), 32, "nested")

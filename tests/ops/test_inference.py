@@ -80,7 +80,7 @@ def test_inference_has_the_bits_of_the_ops(
 
 def test_many_tokens_go_the_way_of_their_path(taken: list[bool]) -> None:
     layer = layers()[0]
-    x = torch.randn(most_dot_tokens(machine_isa()) + 1, K)
+    x = torch.randn(most_dot_tokens(machine_isa(), torch.float32) + 1, K)
     with torch.no_grad():
         assert_bitwise_equal(layer(x), layer(x.clone().requires_grad_()).detach())
     assert not any(taken)

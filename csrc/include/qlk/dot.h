@@ -1,6 +1,7 @@
-// Inner products of decoded weights with a few tokens, in fp32.
+// Inner products of decoded weights with a few tokens.
 #pragma once
 
+#include "qlk/interleave.h"
 #include "qlk/types.h"
 
 namespace qlk {
@@ -25,18 +26,14 @@ constexpr int64_t kAxpyRows = 4;
 void add_rows(const float* rows, int64_t row_stride, int64_t count, const float* factors,
               int64_t factor_stride, int64_t tokens, Isa isa, float* acc, int64_t acc_stride);
 
-// The AVX-512 path that never stores a decoded weight. x is laid out so that a vector of 16
-// products comes from the same nibble of 16 consecutive 32-bit words of codes.
-bool strip_interleaved_runs(const QuantizedView& weight, Isa isa);
-// Floats of one interleaved row of x: K up to a multiple of 128.
-int64_t interleaved_row(int64_t cols);
-// Floats of scratch that a row's decoded scales need.
+// The AVX-512 path that never stores a decoded weight, over rows of x that `interleave_row` laid
+// out.
+bool strip_interleaved_runs(Isa isa);
+// Floats of scratch that the decoded scales of its rows need.
 int64_t interleaved_scale_count(const QuantizedView& weight);
-// One row of x in that layout, zero beyond K.
-void interleave_row(const void* x, DType dtype, int64_t cols, float* out);
 // out[t * out_stride + i] = x[t] · Ŵ[row_begin + i].
-void strip_interleaved(const QuantizedView& weight, const float* x, int64_t tokens,
-                       int64_t row_begin, int64_t rows, float* scales, int64_t out_stride,
-                       float* out);
+void strip_interleaved(const QuantizedView& weight, XLayout layout, Isa isa, const float* x,
+                       int64_t tokens, int64_t row_begin, int64_t rows, float* scales,
+                       int64_t out_stride, float* out);
 
 }  // namespace qlk
