@@ -32,6 +32,25 @@ inline void set_low_rank(const AdapterView& right, const float* left, float scal
   p->low_rank.scaling = scaling;
 }
 
+// left = scaling * x · adapterᵀ and scaling * leftᵀ x, on tiles where the product with the weight
+// is.
+inline void project(const char* op, const void* x, DType dtype, int64_t tokens,
+                    const AdapterView& adapter, float scaling, bool tiles, Isa isa, float* left) {
+  check_status(
+      op, tiles && amx_runs(dtype, isa)
+              ? down_projection_amx(x, tokens, adapter, scaling, torch_threads(), left)
+              : down_projection(x, dtype, tokens, adapter, scaling, isa, torch_threads(), left));
+}
+
+inline void sum_gradient(const char* op, const float* left, const void* x, DType dtype,
+                         int64_t tokens, float scaling, const AdapterView& gradient, bool tiles,
+                         Isa isa) {
+  check_status(
+      op, tiles && amx_runs(dtype, isa)
+              ? adapter_gradient_amx(left, x, tokens, scaling, gradient, torch_threads())
+              : adapter_gradient(left, x, dtype, tokens, scaling, gradient, isa, torch_threads()));
+}
+
 inline float* left_scratch(const char* op, int64_t tokens, int64_t rank) {
   static thread_local Scratch memory;
   void* left = memory.reserve(tokens * padded_rank(rank) * static_cast<int64_t>(sizeof(float)));

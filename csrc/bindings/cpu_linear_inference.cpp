@@ -82,8 +82,7 @@ OptionalTensor linear_inference(const Tensor& x, QLK_WEIGHT_PARAMETERS, const Op
     const qlk::AdapterView a = view_of_a(kOp, *lora_a, cols);
     const qlk::AdapterView b = view_of_b(kOp, *lora_b, rows, a.rank);
     float* left = left_scratch(kOp, p.tokens, a.rank);
-    check_status(kOp,
-                 qlk::down_projection(p.x, p.dtype, p.tokens, a, 1.0f, isa, torch_threads(), left));
+    project(kOp, p.x, p.dtype, p.tokens, a, 1.0f, tiles, isa, left);
     set_low_rank(b, left, static_cast<float>(scaling), &p);
   }
   check_status(kOp, run_forward(p, tiles, isa));

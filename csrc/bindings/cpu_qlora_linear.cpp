@@ -37,8 +37,7 @@ void qlora_linear(const Tensor& x, const OptionalTensor& dropped, QLK_WEIGHT_PAR
 
   float* left = left_scratch(kOp, p.tokens, a.rank);
   if (dropped) {
-    check_status(kOp, qlk::down_projection(dropped->const_data_ptr(), p.dtype, p.tokens, a, 1.0f,
-                                           isa, torch_threads(), left));
+    project(kOp, dropped->const_data_ptr(), p.dtype, p.tokens, a, 1.0f, tiles, isa, left);
     for (int64_t t = 0; t < p.tokens; ++t)
       qlk::store_f32(left + t * qlk::padded_rank(a.rank), a.rank, p.dtype, isa,
                      qlk::element_at(xa.mutable_data_ptr(), p.dtype, t * a.rank));
@@ -62,7 +61,6 @@ void qlora_linear_backward(const Tensor& grad_y, const Tensor& dropped, const Te
   const int64_t tokens = check_rows(kOp, "grad_y", grad_y, rows);
   const qlk::AdapterView a = view_of_a(kOp, lora_a, cols);
   const qlk::AdapterView b = view_of_b(kOp, lora_b, rows, a.rank);
-  const auto threads = torch_threads();
 
   if (grad_b) {
     check_operand(kOp, "xa", xa, grad_y.scalar_type(), tokens * a.rank);
@@ -71,8 +69,8 @@ void qlora_linear_backward(const Tensor& grad_y, const Tensor& dropped, const Te
     load_left(xa, dtype, tokens, a.rank, isa, left);
     qlk::AdapterView gradient = b;
     gradient.data = grad_b->mutable_data_ptr();
-    check_status(kOp, qlk::adapter_gradient(left, grad_y.const_data_ptr(), dtype, tokens,
-                                            static_cast<float>(scaling), gradient, isa, threads));
+    sum_gradient(kOp, left, grad_y.const_data_ptr(), dtype, tokens, static_cast<float>(scaling),
+                 gradient, tiles, isa);
   }
   if (!grad_x && !grad_a) return;
 
@@ -81,16 +79,15 @@ void qlora_linear_backward(const Tensor& grad_y, const Tensor& dropped, const Te
     check_operand(kOp, "u", *u_given, grad_y.scalar_type(), tokens * a.rank);
     load_left(*u_given, dtype, tokens, a.rank, isa, u);
   } else {
-    check_status(kOp, qlk::down_projection(grad_y.const_data_ptr(), dtype, tokens, b,
-                                           static_cast<float>(scaling), isa, threads, u));
+    project(kOp, grad_y.const_data_ptr(), dtype, tokens, b, static_cast<float>(scaling), tiles, isa,
+            u);
   }
   if (grad_a) {
     check_operand(kOp, "dropped", dropped, grad_y.scalar_type(), tokens * cols);
     check_operand(kOp, "grad_a", *grad_a, lora_a.scalar_type(), cols * a.rank);
     qlk::AdapterView gradient = a;
     gradient.data = grad_a->mutable_data_ptr();
-    check_status(kOp, qlk::adapter_gradient(u, dropped.const_data_ptr(), dtype, tokens, 1.0f,
-                                            gradient, isa, threads));
+    sum_gradient(kOp, u, dropped.const_data_ptr(), dtype, tokens, 1.0f, gradient, tiles, isa);
   }
   if (grad_x) {
     qlk::QuantizedMatmulParams p;

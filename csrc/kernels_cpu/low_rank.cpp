@@ -15,9 +15,6 @@ namespace {
 constexpr int64_t kFloat = sizeof(float);
 // Columns worked on at a time.
 constexpr int64_t kStrip = 512;
-// Tokens summed on their own before they join a gradient: the rounding error of fp32 grows with the
-// length of a chain of additions.
-constexpr int64_t kChainTokens = 256;
 
 }  // namespace
 
@@ -160,23 +157,19 @@ Status adapter_gradient(const float* left, const void* x, DType dtype, int64_t t
   pool.run(0, (cols + kStrip - 1) / kStrip, 1, [&](int64_t begin, int64_t end) {
     static thread_local Scratch own;
     auto* sums = static_cast<float*>(
-        own.reserve(((2 * gradient.rank + kAxpyRows) * kStrip + gradient.rank) * kFloat));
+        own.reserve(((gradient.rank + kAxpyRows) * kStrip + gradient.rank) * kFloat));
     if (!sums) return failure.set();
-    float* partial = sums + gradient.rank * kStrip;
-    float* rows = partial + gradient.rank * kStrip;
+    float* rows = sums + gradient.rank * kStrip;
     float* column = rows + kAxpyRows * kStrip;
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t col = strip * kStrip, count = std::min(kStrip, cols - col);
       std::fill_n(sums, gradient.rank * kStrip, 0.0f);
       for (int64_t t = 0; t < tokens; t += kAxpyRows) {
         const int64_t loaded = std::min(kAxpyRows, tokens - t);
-        if (t % kChainTokens == 0) std::fill_n(partial, gradient.rank * kStrip, 0.0f);
         for (int64_t i = 0; i < loaded; ++i)
           load_f32(x, dtype, (t + i) * cols + col, count, isa, rows + i * kStrip);
         std::fill_n(rows + loaded * kStrip, (kAxpyRows - loaded) * kStrip, 0.0f);
-        add_rows(rows, kStrip, count, factors + t, row, gradient.rank, isa, partial, kStrip);
-        if ((t + kAxpyRows) % kChainTokens == 0 || t + kAxpyRows >= tokens)
-          for (int64_t i = 0; i < gradient.rank * kStrip; ++i) sums[i] += partial[i];
+        add_rows(rows, kStrip, count, factors + t, row, gradient.rank, isa, sums, kStrip);
       }
       if (gradient.col_stride == 1) {
         for (int64_t r = 0; r < gradient.rank; ++r)

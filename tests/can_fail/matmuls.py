@@ -209,14 +209,6 @@ _LOW_RANK = (
         "avx512",
     ),
     Mutation(
-        "qlora_sums_a_gradient_in_one_chain",
-        "low_rank.cpp",
-        "constexpr int64_t kChainTokens = 256;",
-        "constexpr int64_t kChainTokens = 1 << 20;",
-        f"{QLORA}::test_gradients_of_many_tokens_stay_as_accurate_as_torchs",
-        "amx",
-    ),
-    Mutation(
         "qlora_counts_dropped_elements_within_a_strip",
         "low_rank.cpp",
         "(token_begin + t) * result_cols + col_begin + first",

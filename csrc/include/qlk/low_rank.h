@@ -34,9 +34,17 @@ void add_low_rank(const LowRankTerm& term, int64_t token_begin, int64_t tokens, 
                   float* out, int64_t out_stride);
 
 // gradient (r, j) = scaling * sum over tokens of left[t, r] * x[t, j]; x [tokens, cols] of dtype,
-// left [tokens, padded rank]. The view says where the gradient goes and in which dtype.
+// left [tokens, padded rank]. The view says where the gradient goes and in which dtype. For few
+// tokens: they are summed in one chain.
 Status adapter_gradient(const float* left, const void* x, DType dtype, int64_t tokens,
                         float scaling, const AdapterView& gradient, Isa isa,
                         const ThreadPool& pool);
+
+// The same two on AMX tiles, for bf16 x: amx_runs. The products are exact and summed in fp32, in
+// another order than above; a token's bits do not depend on the other tokens here either.
+Status down_projection_amx(const void* x, int64_t tokens, const AdapterView& adapter, float scaling,
+                           const ThreadPool& pool, float* left);
+Status adapter_gradient_amx(const float* left, const void* x, int64_t tokens, float scaling,
+                            const AdapterView& gradient, const ThreadPool& pool);
 
 }  // namespace qlk
