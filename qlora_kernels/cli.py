@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["--define"] and len(given) > 1:
         # Before the parser is built: `--format` offers what is registered by then.
-        status = run(lambda: import_definitions([given[1]]))
+        status = run(lambda: import_definitions([given[1]], "qlora_kernels"))
         return status or main(given[2:])
     if given[:1] == ["bench"]:
         return bench(given[1:])

@@ -113,3 +113,19 @@ def random_qlora(
         seed=torch.tensor([seed * 7919 - 5], dtype=torch.int64) if dropout_p else None,
         grad_y=normal(tokens, rows).to(dtype),
     )
+
+
+def operands_on(device: torch.device, operands: WeightOperands) -> WeightOperands:
+    """The same weight on `device`."""
+    return WeightOperands(
+        *(part.to(device) if isinstance(part, torch.Tensor) else part for part in operands)
+    )
+
+
+def problem_on(device: torch.device, problem: QLoRAProblem) -> QLoRAProblem:
+    """The same problem on `device`."""
+    moved = {"weight": operands_on(device, problem.weight)}
+    for name in ("x", "lora_a", "lora_b", "bias", "seed", "grad_y"):
+        tensor = getattr(problem, name)
+        moved[name] = None if tensor is None else tensor.to(device)
+    return replace(problem, **moved)

@@ -128,7 +128,8 @@ def qlora_linear(
     """
     op = "qlora_linear"
     operands = weight_operands(op, qw)
-    dropout_p = check_probability(op, "dropout_p", dropout_p) if training else 0.0
+    dropout_p = check_probability(op, "dropout_p", dropout_p)
+    dropout_p = dropout_p if training else 0.0
     scaling = check_finite(op, "scaling", scaling)
     held = held_operands(qw)
     if held is not None and dropout_p == 0.0 and not batch_invariant:

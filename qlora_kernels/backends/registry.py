@@ -58,6 +58,7 @@ class Problem(NamedTuple):
 
 
 Rejects = Callable[[Problem], "str | None"]
+PathOf = Callable[[Problem], str]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class KernelEntry:
         rejects: problem -> reason, or None if the kernel can run it.
         available: () -> reason why it cannot run on this machine at all, or None.
         fn: the kernel's Python entry.
+        path: problem it can run -> the way it takes inside, in words; None: it has one way.
     """
 
     op: str
@@ -79,6 +81,7 @@ class KernelEntry:
     rejects: Rejects
     available: Callable[[], str | None]
     fn: Callable[..., Any]
+    path: PathOf | None = None
 
     def reason_against(self, problem: Problem) -> str | None:
         """Why this entry cannot run `problem` here, or None."""
@@ -106,8 +109,9 @@ def register_kernel(
     priority: int,
     rejects: Rejects,
     available: Callable[[], str | None] = always_available,
+    path: PathOf | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: register a function as the kernel of `op` for `backend`.
+    """Decorator: register a function as the kernel of `op` for `backend`; see `KernelEntry`.
 
     Raises:
         ArgumentError: unknown op, or the (op, backend) pair is taken.
@@ -120,7 +124,7 @@ def register_kernel(
     def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
         global _generation
         _generation += 1
-        _ENTRIES[op].append(KernelEntry(op, backend, priority, rejects, available, fn))
+        _ENTRIES[op].append(KernelEntry(op, backend, priority, rejects, available, fn, path))
         _ENTRIES[op].sort(key=lambda entry: -entry.priority)
         _choose.cache_clear()
         return fn
@@ -198,9 +202,9 @@ def _choose(problem: Problem, forced: str) -> KernelEntry:
         if reason is None:
             return entry
         reasons.append(f"{entry.backend}: {reason}")
-    what = "no backend" if forced == "auto" else f"the forced backend {forced!r}"
+    what = "no backend can" if forced == "auto" else f"the forced backend {forced!r} cannot"
     raise BackendError(
-        f"{problem.op}: {what} can run this problem ({_describe(problem)}): "
+        f"{problem.op}: {what} run this problem ({_describe(problem)}): "
         + ("; ".join(reasons) or "it has no such kernel")
     )
 
@@ -216,7 +220,8 @@ def select(problem: Problem) -> KernelEntry:
 
 
 def explain_problem(problem: Problem) -> str:
-    """One line per candidate, in order: chosen, able, or why it was passed over."""
+    """One line per candidate, in order: chosen, and by which path; able; or why it was passed
+    over."""
     forced = _in_force(problem.op, forced_backend())
     lines = [f"{problem.op} ({_describe(problem)}), backend {forced}:"]
     chosen = False
@@ -230,6 +235,8 @@ def explain_problem(problem: Problem) -> str:
             verdict = "able, lower priority"
         else:
             verdict, chosen = "chosen", True
+            if entry.path is not None:
+                verdict = f"chosen, path {entry.path(problem)}"
         lines.append(f"  {entry.backend:<16} {verdict}")
     return "\n".join(lines)
 

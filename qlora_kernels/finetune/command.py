@@ -81,7 +81,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     base.add_argument(
         "--format",
         choices=list_formats(),
-        help="default: nf4, or that of a model that is quantized already",
+        metavar="NAME",
+        help=f"{', '.join(list_formats())} (default: nf4, or that of a model that is quantized "
+        "already)",
     )
     base.add_argument(
         "--block-size", type=int, metavar="N", help="weights per scale (default: the format's)"
@@ -172,6 +174,8 @@ def run(arguments: argparse.Namespace) -> None:
     Raises the errors that `console.exit_code_of` knows.
     """
     method = arguments.method or ("qlora" if arguments.model else COMPARE)
+    if arguments.card is not None:
+        raise argument_error("finetune", "--card", "given with --plan", f"{arguments.card:g} alone")
     if method == COMPARE:
         content, out = compare(arguments)
     else:

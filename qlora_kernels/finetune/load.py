@@ -7,6 +7,7 @@ weight: the dense model is never there as a whole.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,8 +55,8 @@ def load_base(settings: Settings) -> BaseModel:
     for QLoRA with its linear layers quantized.
 
     Raises:
-        ArgumentError: transformers does not load ``settings.model``, or it is quantized and the
-            method is not qlora.
+        ArgumentError: transformers does not load ``settings.model``, it is an encoder, or it is
+            quantized and the method is not qlora.
         QLKError: transformers or another package that it needs is not installed.
     """
     dtype = torch.float32 if settings.method == "full" else settings.torch_dtype
@@ -68,12 +69,31 @@ def load_base(settings: Settings) -> BaseModel:
     options = loading_options(settings.model, settings)
     auto_class = import_transformers().AutoModelForCausalLM
     model = from_pretrained(auto_class, settings.model, dtype=dtype, **options)
+    check_causal(model, settings.model)
     model.config.use_cache = False  # keys and values of past tokens, of no use in training
     vocab_size = model.get_input_embeddings().num_embeddings
     head = model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if module is head]
     max_positions = getattr(model.config, "max_position_embeddings", None)
     return BaseModel(model, vocab_size, max_positions, names[0] if names else "lm_head")
+
+
+@torch.no_grad()
+def check_causal(model: Any, name: str) -> None:
+    """Whether tokens are predicted from those before them alone: transformers takes encoders too
+    for causal language models, whose loss here would be that of copying.
+
+    Raises:
+        ArgumentError: an encoder.
+    """
+    if getattr(model.config, "is_decoder", None) is not False:
+        return
+    some_ids = torch.tensor([[2, 3, 2, 3], [2, 3, 2, 2]], device=model.device)
+    first, second = (model(input_ids=ids[None]).logits[:, :-1] for ids in some_ids)
+    if not torch.equal(first, second):
+        rule = "a causal language model"
+        got = f"{name}, an encoder (its tokens see those that come after them)"
+        raise argument_error("finetune", "--model", rule, got)
 
 
 def loading_options(model: str, settings: Settings) -> dict[str, Any]:
@@ -160,6 +180,8 @@ def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
         return auto_class.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
+        if name.startswith(("/", ".", "~")) and not Path(name).exists():
+            reason = "no such folder"  # which transformers takes for the id of a repository
         raise argument_error(
             "finetune",
             "--model",

@@ -167,7 +167,8 @@ def resolve_device(name: str) -> str:
         raise argument_error("finetune", "--device", "auto, cpu, cuda or cuda:N", name)
     count = torch.cuda.device_count() if name != "cpu" else 0
     if name != "cpu" and int(found[1] or 0) >= count:
-        raise argument_error("finetune", "--device", f"one of the {count} CUDA devices", name)
+        rule = f"in cuda:0 ... cuda:{count - 1}" if count else "cpu, as torch sees no CUDA device"
+        raise argument_error("finetune", "--device", rule, name)
     return name
 
 

@@ -63,8 +63,12 @@ def register_format(definition: Codebook | Format) -> Format:
     return definition
 
 
-def get_format(name: str | Format) -> Format:
+def get_format(name: str | Format, op: str = "get_format", argument: str = "name") -> Format:
     """The registered Format of that name; a Format passes through.
+
+    Args:
+        name: a name out of `list_formats`, or a Format.
+        op, argument: what an error names: the function that was called, and its argument.
 
     Raises:
         ArgumentError: unknown name; the message lists the known ones, or says why a known type of
@@ -76,9 +80,9 @@ def get_format(name: str | Format) -> Format:
     reason = _OTHER_KINDS.get(_ALIASES.get(kind, kind))
     if reason is not None and name not in _FORMATS:
         rule = "a format that is one table of at most 16 values times a scale per block"
-        raise argument_error("get_format", "name", rule, f"{name!r}: {reason}")
+        raise argument_error(op, argument, rule, f"{name!r}: {reason}")
     if not isinstance(name, str) or name not in _FORMATS:
-        raise argument_error("get_format", "name", f"one of {list_formats()}", repr(name))
+        raise argument_error(op, argument, f"one of {list_formats()}", repr(name))
     return _FORMATS[name]
 
 

@@ -112,8 +112,9 @@ def replace_linear(
         else:
             projections[name] = owner
     if not chosen and not projections:
-        names = ", ".join(f"{name} ({reason})" for name, reason in report.skipped.items())
-        raise argument_error(_OP, "target", "matched by a linear layer", names or "no linear layer")
+        names = ", ".join(f"{name!r} ({reason})" for name, reason in report.skipped.items())
+        got = f"{target!r} for the layers {names}" if names else "a model without linear layers"
+        raise argument_error(_OP, "target", "matched by a linear layer", got)
     for name, module in chosen.items():
         sizes = as_linear(module)
         check_rank(f"{_OP}: {name}", rank, sizes.out_features, sizes.in_features)

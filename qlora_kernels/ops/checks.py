@@ -15,6 +15,8 @@ from qlora_kernels.formats.quantized_weight import QuantizedWeight
 
 # fp64 is for gradient checks: the reference alone computes in it.
 MATMUL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Of an argument that is a dtype: a string that names one is none.
+DTYPE_RULE = "torch.float32, torch.float16 or torch.bfloat16"
 
 
 def weight_operands(op: str, qw: object) -> WeightOperands | StoredOperands:
@@ -61,7 +63,7 @@ def check_adapter(
     """lora_a [R, K] and lora_b [N, R] for x [..., K]."""
     if not isinstance(lora_a, torch.Tensor):
         raise type_error(op, "lora_a", "a tensor", type(lora_a).__name__)
-    if lora_a.dim() != 2:
+    if lora_a.dim() != 2 or lora_a.shape[1] != x.shape[-1]:
         raise argument_error(op, "lora_a", f"[rank, {x.shape[-1]}]", f"shape {tuple(lora_a.shape)}")
     rank = lora_a.shape[0]
     check_parameter(op, "lora_a", lora_a, (rank, x.shape[-1]), x)

@@ -11,6 +11,7 @@ from qlora_kernels.formats.operands import StoredOperands
 from qlora_kernels.formats.packing import pack_dense, unpack
 from qlora_kernels.formats.quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from qlora_kernels.formats.registry import get_format
+from qlora_kernels.ops.checks import DTYPE_RULE
 from qlora_kernels.ops.encode import encode, encoder_tensors, scale_parts
 from qlora_kernels.ops.library import run_dequantize
 from qlora_kernels.ops.stored import dense_stored
@@ -52,7 +53,7 @@ def quantize(
         raise type_error("quantize", "w", "float32, float16 or bfloat16", w.dtype)
     if block_size is not None:
         check_block_size("quantize", block_size)
-    fmt = get_format(format).override(block_size, double_quant)
+    fmt = get_format(format, "quantize", "format").override(block_size, double_quant)
     w = w.detach()
     weights = None if importance is None else _checked_importance(w, importance)
     if fmt.encode_against == "original":
@@ -151,7 +152,7 @@ def dequantize(
         raise type_error("dequantize", "qw", "a QuantizedWeight", type(qw).__name__)
     dtype = dtype or (out.dtype if out is not None else qw.dtype)
     if dtype not in WEIGHT_DTYPES:
-        raise type_error("dequantize", "dtype", "float32, float16 or bfloat16", dtype)
+        raise type_error("dequantize", "dtype", DTYPE_RULE, repr(dtype))
     operands = qw.operands()
     stored = isinstance(operands, StoredOperands)
     if out is None:

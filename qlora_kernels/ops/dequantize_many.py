@@ -16,6 +16,7 @@ from qlora_kernels.backends.registry import Problem, select
 from qlora_kernels.errors import argument_error, type_error
 from qlora_kernels.formats.operands import WeightOperands
 from qlora_kernels.formats.quantized_weight import WEIGHT_DTYPES, QuantizedWeight
+from qlora_kernels.ops.checks import DTYPE_RULE
 from qlora_kernels.ops.codecs import dequantize
 from qlora_kernels.ops.library import define
 
@@ -124,7 +125,7 @@ def dequantize_many(
 
 def _check(index: int, qw: QuantizedWeight, dtype: torch.dtype, out: torch.Tensor | None) -> None:
     if dtype not in WEIGHT_DTYPES:
-        raise type_error(_OP, "dtype", "float32, float16 or bfloat16", dtype)
+        raise type_error(_OP, "dtype", DTYPE_RULE, repr(dtype))
     if out is None:
         return
     wanted = (qw.shape, dtype, qw.device)

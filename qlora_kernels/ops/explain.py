@@ -1,4 +1,4 @@
-"""explain: which kernel would run an op on a weight, and why each of the others would not."""
+"""explain: which kernel would run an op on a weight, by which path, and why not the others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ def explain(
     rank: int = 16,
     batch_invariant: bool = False,
 ) -> str:
-    """Which kernel would run `op` on `qw`, and why each of the others was passed over.
+    """Which kernel would run `op` on `qw`, by which path, and why the others were passed over.
+
+    A kernel of products with several ways of going about one says the way it takes, and why not the
+    ones before it: "decode", passes over the weight, "wgmma" or "dequantize + GEMM" in CUDA, "dot",
+    "tiles" (AMX) or "panels" on the CPU. On GPUs that is for the current device, and for an adapter
+    without dropout.
 
     Args:
         op: one of `qlora_kernels.backends.OPS`.
@@ -35,14 +40,22 @@ def explain(
         tokens, rank: M and R of a matmul.
         batch_invariant: of a matmul.
 
+    Returns:
+        A line for the problem, and one a kernel, in the order in which they are asked.
+
     Raises:
-        ArgumentError: an unknown op, or a matmul on a weight that is not 2-D.
-        ArgumentTypeError: not a QuantizedWeight.
+        ArgumentError: an unknown op, a negative size, or a matmul on a weight that is not 2-D.
+        ArgumentTypeError: not a QuantizedWeight, or not a dtype.
     """
     if op not in OPS:
         raise argument_error("explain", "op", f"one of {OPS}", repr(op))
     if not isinstance(qw, QuantizedWeight):
         raise type_error("explain", "qw", "a QuantizedWeight", type(qw).__name__)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise type_error("explain", "dtype", "a torch.dtype", repr(dtype))
+    for name, size in (("tokens", tokens), ("rank", rank)):
+        if size < 0:
+            raise argument_error("explain", name, "at least 0", size)
     operands = qw.operands()
     if isinstance(operands, StoredOperands) and op not in _OF_NO_WEIGHT:
         return _explain_stored(op, operands, dtype or qw.dtype, tokens, rank, batch_invariant)

@@ -31,6 +31,8 @@ BAD_OPTIONS = {
     "more text than there is": (("--seq-len", "1000"), "held-out text"),
     "device": (("--device", "tpu"), "--device"),
     "device that is not there": (("--device", "cuda:99"), "--device"),
+    "a card without a plan": (("--card", "48"), "--card must be given with --plan, got 48 alone"),
+    "no such folder": (("--model", "/nowhere/at/all"), "/nowhere/at/all (no such folder)"),
     "data missing": (("--data", "missing.txt"), "missing.txt (No such file"),
     "data a folder": (("--data", "."), "Is a directory"),
     "out a file": (("--out", "corpus.txt"), "corpus.txt, which is a file"),

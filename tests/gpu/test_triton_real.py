@@ -12,11 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qlora_kernels.backends.triton.dequantize import dequantize_many_triton, dequantize_triton
-from qlora_kernels.backends.triton.qlora_group import (
-    qlora_group_backward_triton,
-    qlora_group_triton,
-)
+from qlora_kernels.backends.triton.dequantize import dequantize_triton
 from qlora_kernels.backends.triton.quantize import quantize_triton
 from qlora_kernels.backends.triton.quantized_matmul import (
     quantized_matmul_backward_input_triton,
@@ -24,7 +20,6 @@ from qlora_kernels.backends.triton.quantized_matmul import (
 )
 from qlora_kernels.formats.quantized_weight import WeightOperands
 from qlora_kernels.reference import dequantize_reference, quantize_reference
-from qlora_kernels.reference.qlora_group import GroupMember, MemberNeeds
 from qlora_kernels.testing.errors import assert_as_accurate, assert_bitwise_equal
 from tests.problems import random_weight
 from tests.triton.checks import (
@@ -117,39 +112,6 @@ def test_a_cuda_graph_replays_with_new_inputs(device: torch.device, tokens: int)
     y, xa = forward(p)
     for replayed, eager in zip(captured, (y, xa, *backward(p, xa)), strict=True):
         assert_bitwise_equal(replayed, eager)
-
-
-def test_a_cuda_graph_of_a_group_and_of_many_weights(device: torch.device) -> None:
-    shapes = ((1024, 1024), (256, 1024), (256, 1024))
-    weights = [operands_on(device, random_weight(shape, 64, "nested")) for shape in shapes]
-    for tokens in (1, 64, 2048):
-        parts = [qlora_on(device, tokens, w, 16, BF16, torch.float32) for w in weights]
-        members = [
-            GroupMember(p.weight, p.lora_a, p.lora_b, p.scaling, None, 0.0, None) for p in parts
-        ]
-        x, grads = parts[0].x, [p.grad_y for p in parts]
-        needs = MemberNeeds(True, [True] * 3, [True] * 3)
-
-        def run(
-            x: torch.Tensor = x,
-            grads: list[torch.Tensor] = grads,
-            members: list[GroupMember] = members,
-            needs: MemberNeeds = needs,
-        ) -> list[torch.Tensor]:
-            dense = dequantize_many_triton(weights, BF16, [None] * 3)
-            ys, xa = qlora_group_triton(x, members)
-            grad_x, grads_a, grads_b = qlora_group_backward_triton(grads, x, xa, members, needs)
-            return [*dense, *ys, xa, grad_x, *grads_a, *grads_b]
-
-        eager = run()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run()
-        for result in captured:
-            result.zero_()
-        graph.replay()
-        for replayed, wanted in zip(captured, eager, strict=True):
-            assert_bitwise_equal(replayed, wanted)
 
 
 def test_side_streams_do_not_disturb_each_other(device: torch.device) -> None:

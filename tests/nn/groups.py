@@ -56,9 +56,10 @@ def attention(dropout: float = 0.0, seed: int = 0) -> Attention:
     )
 
 
-def tokens(dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+def tokens(dtype: torch.dtype = torch.float32, each: int = 5, seed: int = 1) -> Tensor:
+    """x [2, each, K]."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2, 5, K, generator=generator).to(dtype).requires_grad_()
+    return torch.randn(2, each, K, generator=generator).to(dtype).requires_grad_()
 
 
 def step(call: Callable[[Tensor], tuple[Tensor, ...]], model: nn.Module, x: Tensor) -> list[Tensor]:

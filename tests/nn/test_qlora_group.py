@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 import qlora_kernels as qlk
 from qlora_kernels.errors import ArgumentError, ArgumentTypeError
 from qlora_kernels.testing.errors import assert_bitwise_equal
+from tests.group_checks import CPU, check_grouped_model
 from tests.nn.groups import NAMES, Attention, K, attention, layer, packed, step, tokens
+from tests.problems import DTYPES
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -36,6 +38,13 @@ def test_a_group_is_its_layers(
     for wanted, *got in zip(apart, together, explicit, again, strict=True):
         for each in got:
             assert_bitwise_equal(each, wanted)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_grouped_model_is_as_accurate(dtype: torch.dtype, dropout: float) -> None:
+    for tokens_each in (8, 70):
+        check_grouped_model(CPU, attention(dropout), dtype, tokens_each)
 
 
 def test_x_is_saved_once() -> None:

@@ -102,7 +102,7 @@ def test_what_is_no_model_is_refused() -> None:
         replace_linear(nn.Linear(4, 4))
     with pytest.raises(ArgumentTypeError, match=r"model must be an nn\.Module"):
         replace_linear([nn.Linear(4, 4)])  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="no linear layer"):
+    with pytest.raises(ArgumentError, match="a model without linear layers"):
         replace_linear(nn.Sequential(nn.GELU()))
 
 

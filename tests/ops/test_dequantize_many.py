@@ -11,6 +11,7 @@ from torch.library import opcheck
 import qlora_kernels as qlk
 from qlora_kernels.backends.registry import entries
 from qlora_kernels.errors import ArgumentError, ArgumentTypeError, BackendError
+from tests.group_checks import CPU, check_dequantize_many, mixed_weights
 from tests.problems import DTYPES
 
 BACKENDS = [entry.backend for entry in entries("dequantize_many") if not entry.available()]
@@ -19,22 +20,7 @@ Weights = list[qlk.QuantizedWeight]
 
 @pytest.fixture(scope="module")
 def weights() -> Weights:
-    """Formats that kernels take as they are stored and others, single and double quantization,
-    ragged, of odd length, empty, of 3 and 1-D."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((33, 64), (7, 9), (0, 64), (5, 4097), (2, 3, 5), (65,), (8, 128))
-    composed = [name for name in qlk.list_formats() if not qlk.get_format(name).plain]
-    made = [
-        qlk.quantize(
-            torch.randn(shape, generator=generator).to(DTYPES[i % 3]),
-            ("nf4", "fp4", "int4")[i % 3],
-            (32, 64, 128)[i % 3],
-            i % 2 == 0,
-        )
-        for i, shape in enumerate(shapes)
-    ]
-    made += [qlk.quantize(torch.randn(8, 64, generator=generator), name) for name in composed[:3]]
-    return made
+    return mixed_weights()
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, None], ids=str)
@@ -42,38 +28,8 @@ def weights() -> Weights:
 def test_each_is_what_dequantize_gives(
     weights: Weights, backend: str, dtype: torch.dtype | None
 ) -> None:
-    with qlk.backend("reference"):
-        expected = [qlk.dequantize(qw, dtype) for qw in weights]
     with qlk.backend(backend):
-        dense = qlk.dequantize_many(weights, dtype)
-    for got, wanted in zip(dense, expected, strict=True):
-        assert got.dtype == wanted.dtype and torch.equal(got, wanted)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_outs_are_written_and_returned(weights: Weights, backend: str) -> None:
-    def apart(rows: int, cols: int, pitch: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.full((rows, pitch), 7.0, dtype=dtype)[:, :cols]
-
-    outs = [
-        apart(33, 64, 80, torch.bfloat16),
-        torch.empty(9, 7, dtype=torch.float16).T,
-        torch.empty(0, 64, dtype=torch.bfloat16),
-        apart(5, 4097, 4100, torch.float32),
-        None,
-        torch.empty(130, dtype=torch.float16)[::2],
-        torch.empty(8, 128, dtype=torch.bfloat16),
-    ]
-    outs += [torch.empty(8, 80)[:, :64] for _ in weights[len(outs) :]]
-    with qlk.backend(backend):
-        dense = qlk.dequantize_many(weights, outs=outs)
-    for got, out, qw in zip(dense, outs, weights, strict=True):
-        assert out is None or got is out
-        wanted = qw.dtype if out is None else out.dtype
-        assert got.dtype == wanted and torch.equal(got, qlk.dequantize(qw, wanted))
-    for out, cols in ((outs[0], 64), (outs[3], 4097)):
-        assert out is not None
-        assert (out.as_strided((len(out), out.stride(0)), out.stride())[:, cols:] == 7.0).all()
+        check_dequantize_many(CPU, weights, dtype)
 
 
 def test_of_nothing() -> None:

@@ -132,18 +132,22 @@ def bad_calls() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
         "bias size": (lambda: qlk.quantized_linear(x, qw, x[0]), value, r"bias must be \[6\]"),
         "bias fp64": (lambda: qlk.quantized_linear(x, qw, double), kind, "at most float32"),
         "a 1-D": (lambda: qlk.qlora_linear(x, qw, a[0], b, 1.0), value, r"lora_a must be \[rank"),
-        "a size": (lambda: qlk.qlora_linear(x, qw, a[:, 1:], b, 1.0), value, r"lora_a must be \[3"),
+        "a size": (lambda: qlk.qlora_linear(x, qw, a[:, 1:], b, 1.0), value, r"lora_a must be \[r"),
         "b size": (lambda: qlk.qlora_linear(x, qw, a, b[:, 1:], 1.0), value, r"lora_b must be \[6"),
         "b int": (lambda: qlk.qlora_linear(x, qw, a, b.int(), 1.0), kind, "lora_b must be"),
         "scaling": (lambda: qlk.qlora_linear(x, qw, a, b, float("nan")), value, "scaling must be"),
         "scaling str": (lambda: qlk.qlora_linear(x, qw, a, b, "1"), kind, "scaling must be"),
         "dropout": (
-            lambda: qlk.qlora_linear(x, qw, a, b, 1.0, dropout_p=1.5, training=True),
+            lambda: qlk.qlora_linear(x, qw, a, b, 1.0, dropout_p=1.5),
             value,
             "dropout_p must be in 0 … 1, got 1.5",
         ),
         "explain": (lambda: qlk.explain("matmul", qw), value, "op must be one of"),
         "explain 1-D": (lambda: qlk.explain("qlora_linear", flat), value, "2-D for qlora_linear"),
+        "explain M": (lambda: qlk.explain("dropout", qw, tokens=-1), value, "tokens must be at"),
+        "explain dtype": (lambda: qlk.explain("dropout", qw, "bf16"), kind, "dtype, got 'bf16'"),
+        "format": (lambda: qlk.quantize(x, "NF4"), value, r"quantize: format must be .*got 'NF4'"),
+        "dtype": (lambda: qlk.dequantize(qw, "bf16"), kind, r"torch.bfloat16, got 'bf16'"),
     }
 
 

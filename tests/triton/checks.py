@@ -3,7 +3,6 @@ tensors, the GPU's tests on CUDA tensors."""
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +33,13 @@ from qlora_kernels.reference import (
     quantize_reference,
 )
 from qlora_kernels.testing.errors import assert_bitwise_equal
-from tests.problems import QLoRAProblem, random_qlora, random_weight
+from tests.problems import (
+    QLoRAProblem,
+    operands_on,
+    problem_on,
+    random_qlora,
+    random_weight,
+)
 from tests.tolerances import (
     assert_matmul,
     assert_matmul_backward,
@@ -66,22 +71,6 @@ def many_tokens_are_few() -> Iterator[None]:
         yield
     finally:
         launch_config.FUSED_TOKENS = most
-
-
-def operands_on(device: torch.device, operands: WeightOperands) -> WeightOperands:
-    """The same weight on `device`."""
-    return WeightOperands(
-        *(part.to(device) if isinstance(part, torch.Tensor) else part for part in operands)
-    )
-
-
-def problem_on(device: torch.device, problem: QLoRAProblem) -> QLoRAProblem:
-    """The same problem on `device`."""
-    moved = {"weight": operands_on(device, problem.weight)}
-    for name in ("x", "lora_a", "lora_b", "bias", "seed", "grad_y"):
-        tensor = getattr(problem, name)
-        moved[name] = None if tensor is None else tensor.to(device)
-    return dataclasses.replace(problem, **moved)
 
 
 def qlora_on(device: torch.device, *arguments: Any, **options: Any) -> QLoRAProblem:

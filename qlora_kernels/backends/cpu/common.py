@@ -71,13 +71,16 @@ def cpu_rejects(dtypes: Collection[torch.dtype] = FLOAT_DTYPES) -> Rejects:
 
 
 def register_cpu_kernel(
-    op: str, rejects: Rejects | None = None
+    op: str,
+    rejects: Rejects | None = None,
+    path: Callable[[int, Problem], str] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: register `fn(isa, *op_arguments)` as `cpu:<level>` of `op` for every level.
 
     Args:
         op: one of `registry.OPS`.
         rejects: problem -> reason or None; the default takes fp32, fp16 and bf16 on the CPU.
+        path: level, problem -> the way the kernel takes, in words; see `KernelEntry`.
     """
 
     def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,6 +91,7 @@ def register_cpu_kernel(
                 priority=_BASE_PRIORITY + isa,
                 rejects=rejects or cpu_rejects(),
                 available=functools.partial(why_unavailable, isa),
+                path=None if path is None else functools.partial(path, isa),
             )(functools.partial(fn, isa))
         return fn
 

@@ -44,7 +44,7 @@ def native_linear(generation: int) -> NativeLinear | None:
                     return None
                 break
     found = torch.ops.qlora_kernels_cpu.linear_inference.default
-    return NativeLinear(found, most_dot_tokens(isa), TILE_LEAST_TOKENS, isa)
+    return NativeLinear(found, most_dot_tokens(isa, torch.float32), TILE_LEAST_TOKENS, isa)
 
 
 def _problems(op: str) -> list[Problem]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from qlora_kernels.backends.cpu.common import contiguous, register_cpu_kernel
-from qlora_kernels.backends.cpu.matmul_path import adapter_by_gemm
+from qlora_kernels.backends.cpu.explained import matmul_path
 from qlora_kernels.backends.cpu.panels import (
     adapter_gradient,
     down_projection,
@@ -56,12 +56,10 @@ def _product_dtype(
     """What a product of an adapter over `depth` is computed in where it is torch's GEMM, else
     None."""
     path = qlora_path(isa, x, member.weight, batch_invariant)
-    if path == "panels":
-        return gemm_dtype(x.dtype, isa, depth)
-    return x.dtype if adapter_by_gemm(path, x.shape[0], depth, batch_invariant) else None
+    return gemm_dtype(x.dtype, isa, depth) if path == "panels" else None
 
 
-@register_cpu_kernel("qlora_group")
+@register_cpu_kernel("qlora_group", path=matmul_path)
 def qlora_group_cpu(
     isa: int, x: torch.Tensor, members: Sequence[GroupMember], batch_invariant: bool = False
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -86,7 +84,7 @@ def qlora_group_cpu(
     return ys, xa
 
 
-@register_cpu_kernel("qlora_group_backward")
+@register_cpu_kernel("qlora_group_backward", path=matmul_path)
 def qlora_group_backward_cpu(
     isa: int,
     grad_ys: Sequence[torch.Tensor | None],

@@ -6,34 +6,34 @@ import torch
 
 from qlora_kernels.backends.cpu.common import contiguous, register_cpu_kernel, weight_arguments
 from qlora_kernels.backends.cpu.dropout import dropout_cpu
+from qlora_kernels.backends.cpu.explained import matmul_path
 from qlora_kernels.backends.cpu.matmul_path import (
-    GEMM_LEAST_RANK,
     Path,
-    adapter_by_gemm,
     choose_path,
 )
 from qlora_kernels.backends.cpu.panels import (
-    adapter_gradient,
-    down_projection,
     qlora_backward_by_panels,
     qlora_by_panels,
-    up_gradient,
 )
 from qlora_kernels.backends.cpu.small_blocks import are_small
 from qlora_kernels.formats.quantized_weight import WeightOperands
 
 
 def qlora_path(
-    isa: int, x: torch.Tensor, operands: WeightOperands, batch_invariant: bool = False
+    isa: int,
+    x: torch.Tensor,
+    operands: WeightOperands,
+    batch_invariant: bool = False,
+    backward: bool = False,
 ) -> Path:
     """`choose_path` for x [M,K], and whether blocks are too small for it."""
     if are_small(operands.block_size):
         return "panels"
     rows, cols = operands.shape
-    return choose_path(x.shape[0], rows, cols, x.dtype, isa, batch_invariant)
+    return choose_path(x.shape[0], rows, cols, x.dtype, isa, batch_invariant, backward)
 
 
-@register_cpu_kernel("qlora_linear")
+@register_cpu_kernel("qlora_linear", path=matmul_path)
 def qlora_linear_cpu(
     isa: int,
     x: torch.Tensor,
@@ -48,7 +48,6 @@ def qlora_linear_cpu(
     xa: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y [M,N] and xa [M,R], which may be given; see `reference.qlora_linear_reference`."""
-    rows, cols = operands.shape
     x = contiguous(x)
     path = qlora_path(isa, x, operands, batch_invariant)
     dropped = dropout_cpu(isa, x, dropout_p, seed)
@@ -56,12 +55,8 @@ def qlora_linear_cpu(
         return qlora_by_panels(isa, x, dropped, operands, lora_a, lora_b, scaling, bias, xa)
     given = xa is not None
     if xa is None:
-        given = adapter_by_gemm(path, x.shape[0], cols, batch_invariant)
-        if given:
-            xa = down_projection(dropped, lora_a, x.dtype)
-        else:
-            xa = x.new_empty(x.shape[0], lora_a.shape[0])
-    y = x.new_empty(x.shape[0], rows)
+        xa = x.new_empty(x.shape[0], lora_a.shape[0])
+    y = x.new_empty(x.shape[0], operands.shape[0])
     torch.ops.qlora_kernels_cpu.qlora_linear.default(
         x,
         None if given else dropped,
@@ -78,7 +73,7 @@ def qlora_linear_cpu(
     return y, xa
 
 
-@register_cpu_kernel("qlora_linear_backward")
+@register_cpu_kernel("qlora_linear_backward", path=matmul_path)
 def qlora_linear_backward_cpu(
     isa: int,
     grad_y: torch.Tensor,
@@ -97,9 +92,8 @@ def qlora_linear_backward_cpu(
 
     u = scaling·grad_y B [M,R] may be given.
     """
-    rows, cols = operands.shape
     grad_y, x = contiguous(grad_y), contiguous(x)
-    path = qlora_path(isa, x, operands)
+    path = qlora_path(isa, x, operands, backward=True)
     dropped = dropout_cpu(isa, x, dropout_p, seed) if needs[1] else x
     if path == "panels":
         return qlora_backward_by_panels(
@@ -117,22 +111,13 @@ def qlora_linear_backward_cpu(
             u,
         )
     grad_x, grad_a, grad_b = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
-    left = needs
-    if u is None and (needs[0] or needs[1]) and adapter_by_gemm(path, x.shape[0], rows):
-        u = up_gradient(grad_y, lora_b, scaling, x.dtype)
-    if u is not None and lora_a.shape[0] >= GEMM_LEAST_RANK:
-        if needs[1]:
-            grad_a = adapter_gradient(u, dropped, lora_a.dtype)
-        if needs[2]:
-            grad_b = adapter_gradient(grad_y, xa, lora_b.dtype, scaling)
-        left = (needs[0], False, False)
-    if left[0]:
-        grad_x = x.new_empty(x.shape[0], cols)
-    if left[1]:
+    if needs[0]:
+        grad_x = x.new_empty(x.shape)
+    if needs[1]:
         grad_a = lora_a.new_empty(lora_a.shape)
-    if left[2]:
+    if needs[2]:
         grad_b = lora_b.new_empty(lora_b.shape)
-    if not any(left):
+    if not any(needs):
         return grad_x, grad_a, grad_b
     torch.ops.qlora_kernels_cpu.qlora_linear_backward.default(
         grad_y,
@@ -145,9 +130,9 @@ def qlora_linear_backward_cpu(
         dropout_p,
         seed if dropout_p else None,
         u,
-        grad_x if left[0] else None,
-        grad_a if left[1] else None,
-        grad_b if left[2] else None,
+        grad_x if needs[0] else None,
+        grad_a if needs[1] else None,
+        grad_b if needs[2] else None,
         path == "tiles",
         isa,
     )

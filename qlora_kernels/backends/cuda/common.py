@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qlora_kernels.backends import library
-from qlora_kernels.backends.registry import Problem, Rejects, register_kernel
+from qlora_kernels.backends.registry import PathOf, Problem, Rejects, register_kernel
 from qlora_kernels.formats.quantized_weight import WeightOperands
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,7 +58,11 @@ def cuda_rejects(dtypes: Collection[torch.dtype] = FLOAT_DTYPES) -> Rejects:
 
 
 def register_cuda_kernel(
-    op: str, rejects: Rejects | None = None, variant: str = "sm80", priority: int = PRIORITY
+    op: str,
+    rejects: Rejects | None = None,
+    variant: str = "sm80",
+    priority: int = PRIORITY,
+    path: PathOf | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: register a function as `cuda:<variant>` of `op`.
 
@@ -67,6 +71,7 @@ def register_cuda_kernel(
         rejects: problem -> reason or None; the default takes fp32, fp16 and bf16 on CUDA.
         variant: the oldest architecture that runs it.
         priority: against the other entries of the op.
+        path: of `KernelEntry`.
     """
     return register_kernel(
         op,
@@ -74,6 +79,7 @@ def register_cuda_kernel(
         priority=priority,
         rejects=rejects or cuda_rejects(),
         available=why_unavailable,
+        path=path,
     )
 
 

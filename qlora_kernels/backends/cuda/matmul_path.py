@@ -32,13 +32,13 @@ FUSED_TOKENS = 128
 # nothing else is in the way. So it ends where that leaves a margin.
 WGMMA_TOKENS, _WGMMA_CAPABILITY = 512, 90
 FUSED_DTYPES = (torch.float16, torch.bfloat16)
-_TILE_N = 128
+TILE_N = 128
 # A block's part of K is at least this long: filling its pipeline and its table takes about as long.
 _LEAST_SPLIT_K = 512
 _BLOCKS_PER_SM = 2
 _MOST_SPLITS = 16
 # qlk/cuda/launch.h: kFusedLargest, kFusedMostElements and kFusedMostRows.
-_LARGEST, _MOST_ELEMENTS, _MOST_ROWS = 2**30, 2**37, 65_535 * _TILE_N
+_LARGEST, _MOST_ELEMENTS, _MOST_ROWS = 2**30, 2**37, 65_535 * TILE_N
 
 
 class MatmulSizes(NamedTuple):
@@ -82,6 +82,13 @@ def why_not_wgmma(sizes: MatmulSizes) -> str | None:
     return None
 
 
+def why_dense(sizes: MatmulSizes) -> str | None:
+    """Why the fused kernel, which could, does not take a problem, or None."""
+    if sizes.batch_invariant or sizes.tokens <= FUSED_TOKENS:
+        return None
+    return f"tokens must be at most {FUSED_TOKENS}, got {sizes.tokens}"
+
+
 def choose_path(sizes: MatmulSizes) -> Path:
     """ "fused", "wgmma": weights decoded in the product, the second on Hopper alone. "dense": Ŵ
     decoded to scratch, then cuBLAS."""
@@ -89,13 +96,18 @@ def choose_path(sizes: MatmulSizes) -> Path:
         return "dense"
     if why_not_wgmma(sizes) is None:
         return "wgmma"
-    return "fused" if sizes.batch_invariant or sizes.tokens <= FUSED_TOKENS else "dense"
+    return "dense" if why_dense(sizes) else "fused"
+
+
+def fused_tile_tokens(tokens: int) -> int:
+    """Tokens of a tile of the fused kernel: qlk/cuda/launch.h, fused_matmul_tokens."""
+    return next((tile for tile in (8, 16) if tokens <= tile), 32)
 
 
 def choose_splits(out_features: int, in_features: int, sm_count: int) -> int:
     """Blocks of the fused kernel that share an output tile. Does not look at M: a token's bits may
     not depend on how many others there are."""
-    row_tiles = -(-out_features // _TILE_N)
+    row_tiles = -(-out_features // TILE_N)
     wanted = _BLOCKS_PER_SM * sm_count // max(row_tiles, 1)
     return max(1, min(wanted, in_features // _LEAST_SPLIT_K, _MOST_SPLITS))
 

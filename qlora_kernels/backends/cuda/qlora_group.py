@@ -15,6 +15,7 @@ from qlora_kernels.backends.cuda.dense_path import (
     stacked,
 )
 from qlora_kernels.backends.cuda.dropout import dropout_cuda
+from qlora_kernels.backends.cuda.explained import backward_path, forward_path
 from qlora_kernels.backends.cuda.low_rank import plan_projection
 from qlora_kernels.backends.cuda.matmul_path import Path, choose_path, matmul_rejects
 from qlora_kernels.backends.cuda.qlora_linear import qlora_linear_backward_cuda, qlora_linear_cuda
@@ -40,7 +41,7 @@ _KERNELS = MemberKernels(
 )
 
 
-@register_cuda_kernel("qlora_group", rejects=matmul_rejects)
+@register_cuda_kernel("qlora_group", rejects=matmul_rejects, path=forward_path)
 def qlora_group_cuda(
     x: torch.Tensor, members: Sequence[GroupMember], batch_invariant: bool = False
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -57,7 +58,7 @@ def qlora_group_cuda(
     return forward_by_members(_KERNELS, x, members, batch_invariant)
 
 
-@register_cuda_kernel("qlora_group_backward", rejects=matmul_rejects)
+@register_cuda_kernel("qlora_group_backward", rejects=matmul_rejects, path=backward_path)
 def qlora_group_backward_cuda(
     grad_ys: Sequence[torch.Tensor | None],
     x: torch.Tensor,

@@ -8,6 +8,7 @@ import torch
 from qlora_kernels.backends.cuda.common import contiguous, register_cuda_kernel
 from qlora_kernels.backends.cuda.dense_path import dense_backward, dense_forward
 from qlora_kernels.backends.cuda.dropout import dropout_cuda
+from qlora_kernels.backends.cuda.explained import backward_path, forward_path
 from qlora_kernels.backends.cuda.low_rank import plan_projection
 from qlora_kernels.backends.cuda.matmul_path import choose_path, matmul_rejects
 from qlora_kernels.backends.cuda.quantized_matmul import fused_matmul, sizes_of
@@ -15,7 +16,7 @@ from qlora_kernels.formats.quantized_weight import WeightOperands
 from qlora_kernels.reference.qlora_group import GroupMember, MemberNeeds
 
 
-@register_cuda_kernel("qlora_linear", rejects=matmul_rejects)
+@register_cuda_kernel("qlora_linear", rejects=matmul_rejects, path=forward_path)
 def qlora_linear_cuda(
     x: torch.Tensor,
     operands: WeightOperands,
@@ -39,7 +40,7 @@ def qlora_linear_cuda(
     return y, xa
 
 
-@register_cuda_kernel("qlora_linear_backward", rejects=matmul_rejects)
+@register_cuda_kernel("qlora_linear_backward", rejects=matmul_rejects, path=backward_path)
 def qlora_linear_backward_cuda(
     grad_y: torch.Tensor,
     x: torch.Tensor,

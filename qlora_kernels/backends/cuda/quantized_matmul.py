@@ -15,6 +15,7 @@ from qlora_kernels.backends.cuda.common import (
     weight_arguments,
 )
 from qlora_kernels.backends.cuda.dequantize import dequantize_cuda
+from qlora_kernels.backends.cuda.explained import backward_path, forward_path
 from qlora_kernels.backends.cuda.low_rank import Projection, run_projection
 from qlora_kernels.backends.cuda.matmul_path import (
     MatmulSizes,
@@ -30,7 +31,7 @@ from qlora_kernels.formats.quantized_weight import WeightOperands
 from qlora_kernels.reference.dequantize import decode_scales_reference
 
 
-@register_cuda_kernel("quantized_matmul", rejects=matmul_rejects)
+@register_cuda_kernel("quantized_matmul", rejects=matmul_rejects, path=forward_path)
 def quantized_matmul_cuda(
     x: torch.Tensor,
     operands: WeightOperands,
@@ -45,7 +46,7 @@ def quantized_matmul_cuda(
     return F.linear(x.detach(), weight, None if bias is None else bias.detach().to(x.dtype))
 
 
-@register_cuda_kernel("quantized_matmul_backward_input", rejects=matmul_rejects)
+@register_cuda_kernel("quantized_matmul_backward_input", rejects=matmul_rejects, path=backward_path)
 def quantized_matmul_backward_input_cuda(
     grad_y: torch.Tensor, operands: WeightOperands
 ) -> torch.Tensor:

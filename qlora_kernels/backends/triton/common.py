@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qlora_kernels import env
-from qlora_kernels.backends.registry import Problem, Rejects, register_kernel
+from qlora_kernels.backends.registry import PathOf, Problem, Rejects, register_kernel
 from qlora_kernels.formats.quantized_weight import WeightOperands
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -45,15 +45,17 @@ def triton_rejects(dtypes: Collection[torch.dtype] = FLOAT_DTYPES) -> Rejects:
 
 
 def register_triton_kernel(
-    op: str, rejects: Rejects | None = None
+    op: str, rejects: Rejects | None = None, path: PathOf | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: register a launcher as "triton" of `op`; by default for fp32, fp16 and bf16."""
+    """Decorator: register a launcher as "triton" of `op`; by default for fp32, fp16 and bf16. The
+    path is that of `KernelEntry`."""
     return register_kernel(
         op,
         "triton",
         priority=PRIORITY,
         rejects=rejects or triton_rejects(),
         available=why_unavailable,
+        path=path,
     )
 
 

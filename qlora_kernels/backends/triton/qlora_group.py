@@ -19,6 +19,7 @@ from qlora_kernels.backends.launch_config import (
 )
 from qlora_kernels.backends.triton.common import register_triton_kernel
 from qlora_kernels.backends.triton.dequantize import dequantize_many_triton
+from qlora_kernels.backends.triton.explained import matmul_path
 from qlora_kernels.backends.triton.low_rank import (
     down_gradient_launches,
     down_launches,
@@ -54,7 +55,7 @@ class _Adapter(NamedTuple):
     end: int
 
 
-@register_triton_kernel("qlora_group", rejects=matmul_rejects)
+@register_triton_kernel("qlora_group", rejects=matmul_rejects, path=matmul_path)
 def qlora_group_triton(
     x: torch.Tensor, members: Sequence[GroupMember], batch_invariant: bool = False
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -84,7 +85,7 @@ def qlora_group_triton(
     return ys, torch.cat(parts, dim=1)
 
 
-@register_triton_kernel("qlora_group_backward")
+@register_triton_kernel("qlora_group_backward", path=matmul_path)
 def qlora_group_backward_triton(
     grad_ys: Sequence[torch.Tensor | None],
     x: torch.Tensor,

@@ -11,6 +11,7 @@ from qlora_kernels.backends.launch_config import (
     tile_rank,
 )
 from qlora_kernels.backends.triton.common import register_triton_kernel
+from qlora_kernels.backends.triton.explained import matmul_path
 from qlora_kernels.backends.triton.low_rank import (
     down_gradient_launches,
     down_launches,
@@ -29,7 +30,7 @@ from qlora_kernels.backends.triton.quantized_matmul import (
 from qlora_kernels.formats.quantized_weight import WeightOperands
 
 
-@register_triton_kernel("qlora_linear", rejects=matmul_rejects)
+@register_triton_kernel("qlora_linear", rejects=matmul_rejects, path=matmul_path)
 def qlora_linear_triton(
     x: torch.Tensor,
     operands: WeightOperands,
@@ -64,7 +65,7 @@ def qlora_linear_triton(
     return product(x, operands, bias, Up(lora_b, xa, scaling), batch_invariant), xa
 
 
-@register_triton_kernel("qlora_linear_backward")
+@register_triton_kernel("qlora_linear_backward", path=matmul_path)
 def qlora_linear_backward_triton(
     grad_y: torch.Tensor,
     x: torch.Tensor,

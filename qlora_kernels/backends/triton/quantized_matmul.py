@@ -31,6 +31,7 @@ from qlora_kernels.backends.triton.common import (
 )
 from qlora_kernels.backends.triton.dequantize import dequantize_launch
 from qlora_kernels.backends.triton.dropout import dropout_arguments, dropout_triton
+from qlora_kernels.backends.triton.explained import matmul_path
 from qlora_kernels.backends.triton.launch import Launch
 from qlora_kernels.backends.triton.low_rank import reduce_launch, run_all
 from qlora_kernels.formats.quantized_weight import WeightOperands
@@ -73,7 +74,7 @@ def matmul_rejects(problem: Problem) -> str | None:
 _device_rejects = triton_rejects()
 
 
-@register_triton_kernel("quantized_matmul", rejects=matmul_rejects)
+@register_triton_kernel("quantized_matmul", rejects=matmul_rejects, path=matmul_path)
 def quantized_matmul_triton(
     x: torch.Tensor,
     operands: WeightOperands,
@@ -84,7 +85,7 @@ def quantized_matmul_triton(
     return product(x.contiguous(), operands, bias, None, batch_invariant)
 
 
-@register_triton_kernel("quantized_matmul_backward_input")
+@register_triton_kernel("quantized_matmul_backward_input", path=matmul_path)
 def quantized_matmul_backward_input_triton(
     grad_y: torch.Tensor, operands: WeightOperands
 ) -> torch.Tensor:
