@@ -9,6 +9,7 @@ QLK_ASSUME_ISA raises the level that the library reports.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import shlex
 import signal
@@ -17,6 +18,11 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+from tests.pytest_server import run_pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -29,7 +35,12 @@ _FLAGS = ["-std=c++20", "-fPIC", "-fno-math-errno", "-ffp-contract=off"]
 FAST_TO_COMPILE = [*_FLAGS, "-O1"]
 # 4 is Isa::kAmx. -O3 vectorizes the twin.
 EMULATED_AMX = [*_FLAGS, "-O3", "-DQLK_EMULATE_AMX", "-DQLK_ASSUME_ISA=4", f"-I{TWIN_INCLUDE}"]
-EMULATED_SOURCES = ("isa.cpp", "quantized_matmul_amx.cpp", "quantized_matmul_backward_amx.cpp")
+EMULATED_SOURCES = (
+    "isa.cpp",
+    "low_rank_amx.cpp",
+    "quantized_matmul_amx.cpp",
+    "quantized_matmul_backward_amx.cpp",
+)
 
 # The instructions of the level below AMX that the AMX kernels use as well.
 _PROBE = """
@@ -72,6 +83,41 @@ def why_no_emulated_amx() -> str | None:
     return None
 
 
+@functools.cache
+def setup_file() -> ModuleType:
+    """setup.py, imported without setting anything up."""
+    spec = importlib.util.spec_from_file_location("setup_file", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # Dataclasses look their module up there.
+    with mock.patch("setuptools.setup"):
+        spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def _build_units() -> list[Any]:
+    """What `make build` compiles, with warnings as errors and without."""
+    module, units = setup_file(), []
+    cxx, nvcc = module.find_cxx(), module.find_nvcc()
+    for werror in ("1", "0") if cxx and nvcc else ():
+        with mock.patch.dict(os.environ, QLK_BUILD_WERROR=werror):
+            units += module.compile_units(cxx, nvcc)
+    return units
+
+
+def built_object(source: Path, arch: str) -> Path | None:
+    """What `make build` made of a CUDA source as it is now, with code for e.g. "90a", and beside it
+    a .log of what the compilers said; or None."""
+    for unit in _build_units():
+        if unit.source == source and any(word.endswith(f"=sm_{arch}") for word in unit.command):
+            made: Path = unit.object
+            if unit.is_current() and made.with_suffix(".log").exists():
+                return made
+    return None
+
+
 def compiler() -> list[str]:
     """The C++ compiler as a command."""
     return shlex.split(os.environ.get("CXX", "c++"))
@@ -84,19 +130,28 @@ def run(command: Sequence[str]) -> None:
 
 
 def compile_kernel(source: str, csrc: Path, flags: Sequence[str], folder: Path) -> Path:
-    """The object of csrc/kernels_cpu/<source>, in `folder`."""
+    """The object of a source of csrc/kernels_cpu or csrc/bindings, in `folder`."""
     made = folder / f"{source}.o"
-    path = csrc / "kernels_cpu" / source
-    include = f"-I{csrc / 'include'}"
-    run([*compiler(), *flags, include, "-c", str(path), "-o", str(made)])
+    path = csrc / source_folder(source) / source
+    include = [f"-I{csrc / 'include'}"]
+    if source_folder(source) == "bindings":
+        setup = setup_file()
+        include += ["-isystem", str(setup.torch_root() / "include")]
+        include += [f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET_VERSION}"]
+    run([*compiler(), *flags, *include, "-c", str(path), "-o", str(made)])
     return made
+
+
+def source_folder(source: str) -> str:
+    """Bindings are named after the device and the op."""
+    return "bindings" if source.startswith("cpu_") else "kernels_cpu"
 
 
 def link(objects: Mapping[str, Path], library: Path) -> Path:
     """The last build's library with the objects of some sources replaced."""
     words = shlex.split(LINK_COMMAND.read_text())
     for source, made in objects.items():
-        stem = f"kernels_cpu-{source}-"
+        stem = f"{source_folder(source)}-{source}-"
         replaced = [str(made) if Path(word).name.startswith(stem) else word for word in words]
         assert replaced != words, f"the last build has no object of {source}: run `make build`"
         words = replaced
@@ -106,14 +161,5 @@ def link(objects: Mapping[str, Path], library: Path) -> Path:
 
 def run_tests(library: Path, selected: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """pytest on `selected` (arguments) in a process that loads `library`; it stops at a failure."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    environment["QLK_LIBRARY"] = str(library)
-    # Bytecode is kept from run to run: most of such a process is its imports.
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    environment["PYTHONPYCACHEPREFIX"] = str(ROOT / "build" / "bytecode")
-    # Waiting threads sleep: another test may be running beside this one.
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *selected]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", *selected]
+    return run_pytest(arguments, {"QLK_LIBRARY": str(library)})

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.can_fail import codecs, matmuls
+from tests.can_fail import adapters_amx, calls, codecs, matmuls
 from tests.can_fail.mutation import EMULATED, Mutation
 from tests.native_library import (
     CSRC,
@@ -26,11 +26,12 @@ from tests.native_library import (
     compile_kernel,
     link,
     run_tests,
+    source_folder,
     why_no_emulated_amx,
     why_no_source_build,
 )
 
-MUTATIONS = (*codecs.MUTATIONS, *matmuls.MUTATIONS)
+MUTATIONS = (*codecs.MUTATIONS, *matmuls.MUTATIONS, *adapters_amx.MUTATIONS, *calls.MUTATIONS)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def build_mutant(mutation: Mutation, objects: dict[str, Path], folder: Path) -> 
     """The library with the changed source; `objects` are further replacements, unchanged."""
     csrc = folder / "csrc"
     shutil.copytree(CSRC, csrc, ignore=shutil.ignore_patterns("*.cu"))
-    changed = csrc / (mutation.header or f"kernels_cpu/{mutation.source}")
+    changed = csrc / (mutation.header or f"{source_folder(mutation.source)}/{mutation.source}")
     text = changed.read_text()
     assert text.count(mutation.old) == mutation.count, f"{changed.name} no longer has it"
     changed.write_text(text.replace(mutation.old, mutation.new))

@@ -16,6 +16,7 @@ _LAST_LEVEL = {
     "test_cpu_quantize": "avx512",
     "test_cpu_double_quantize": "avx512",
     "test_cpu_dropout": "avx512",
+    "test_cpu_blockwise": "avx512",
     "test_cpu_dequantize": "avx512_bf16",
 }
 _MATMULS = ("test_cpu_quantized_matmul", "test_cpu_qlora_linear")

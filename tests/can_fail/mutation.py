@@ -1,4 +1,4 @@
-"""What a mutation is. To cover another kernel, add one to codecs.py or matmuls.py."""
+"""What a mutation is. To cover another kernel, add one to codecs.py, matmuls.py or calls.py."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Mutation:
 
     Attributes:
         what: the fault, as the test's name.
-        source: the file of csrc/kernels_cpu that is compiled.
+        source: the file of csrc/kernels_cpu, or csrc/bindings, that is compiled.
         old, new: the change; `old` must occur exactly `count` times in the file.
         tests: the test function that must catch it, as FILE::NAME.
-        isa: the instruction-set path to run it on; those of `EMULATED` run in a library that
-            reports every level, with the twin of the tile unit.
+        isa: the instruction-set path to run it on, "" where tests have none; those of `EMULATED`
+            run in a library that reports every level, with the twin of the tile unit.
         header: the file to change if it is not `source`, relative to csrc.
         count: how often `old` occurs.
     """
@@ -28,7 +28,7 @@ class Mutation:
     old: str
     new: str
     tests: str
-    isa: str
+    isa: str = ""
     header: str | None = None
     count: int = 1
 
@@ -40,4 +40,5 @@ class Mutation:
     @property
     def selection(self) -> list[str]:
         """Arguments of pytest: the test on the path; "avx512" alone, not "avx512_bf16"."""
-        return [self.tests, "-k", f"[{self.isa}- or [{self.isa}]"]
+        path = ["-k", f"[{self.isa}- or [{self.isa}]"] if self.isa else []
+        return [self.tests, *path]

@@ -1,5 +1,5 @@
-"""Compiles a CUDA source for one target and reads the machine code: ptxas's account of registers
-and spills, and the instructions of each kernel by basic block and loop."""
+"""Machine code of a CUDA source for one target: the account of registers and spills, and the
+instructions of each kernel by basic block and loop."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.native_library import built_object
+
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 def disassembler() -> str | None:
-    """nvdisasm of the CUDA toolkit, or of Triton's wheel, which brings one."""
-    found = shutil.which("nvdisasm") or shutil.which("/usr/local/cuda/bin/nvdisasm")
+    """nvdisasm, or None."""
+    return _tool("nvdisasm")
+
+
+def _tool(name: str) -> str | None:
+    """Of the CUDA toolkit, or of Triton's wheel, which brings some."""
+    found = shutil.which(name) or shutil.which(f"/usr/local/cuda/bin/{name}")
     triton = importlib.util.find_spec("triton")
     if found or triton is None or triton.origin is None:
         return found
-    beside = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    beside = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name
     return str(beside) if beside.exists() else None
 
 
@@ -55,6 +62,47 @@ def usages(report: str) -> list[Usage]:
         )
         found.append(Usage(part.split("'")[0], int(registers.group(1)), bool(spilled)))
     return found
+
+
+def usages_of(cubin: Path) -> list[Usage]:
+    """cuobjdump's account, kernel by kernel: the same, of code that is there."""
+    tool = _tool("cuobjdump")
+    assert tool is not None
+    done = subprocess.run([tool, "-res-usage", str(cubin)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    accounts = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)", done.stdout)
+    return [
+        Usage(name, int(registers), int(stack) > 0 or int(local) > 0)
+        for name, registers, stack, local in accounts
+    ]
+
+
+@dataclass(frozen=True)
+class Code:
+    """A source's code for one target; `said`: by the compilers."""
+
+    said: str
+    usages: list[Usage]
+    cubin: Path
+
+
+def code_of_source(source: Path, arch: str, folder: Path) -> Code:
+    """From the object of the build where it is of this source and has the target, as most of the
+    time goes into compiling; otherwise compiled, without optimizing less."""
+    tool, made = _tool("cuobjdump"), built_object(source, arch)
+    if tool is None or made is None:
+        cubin = folder / f"{source.stem}-{arch}.cubin"
+        done = compile_cubin(source, arch, cubin)
+        assert done.returncode == 0, done.stderr
+        return Code(done.stderr, usages(done.stderr), cubin)
+    extracted = folder / f"{made.stem}-{arch}"
+    extracted.mkdir()
+    name = f".sm_{arch}."
+    subprocess.run([tool, "-xelf", name, str(made)], cwd=extracted, check=True, capture_output=True)
+    (cubin,) = extracted.iterdir()
+    said = made.with_suffix(".log").read_text()
+    assert "warning" not in said, said
+    return Code(said, usages_of(cubin), cubin)
 
 
 @dataclass(frozen=True)

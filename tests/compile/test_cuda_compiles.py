@@ -13,13 +13,16 @@ import pytest
 from tests.compile.cuda_sass import (
     NVCC,
     ROOT,
+    Code,
     Kernel,
     Usage,
+    code_of_source,
     compile_cubin,
     disassemble,
     disassembler,
     matches,
     usages,
+    usages_of,
 )
 from tests.emulation.cuda.runner import build_for_gpu
 
@@ -52,10 +55,9 @@ def known_archs() -> set[str]:
 
 
 @cache
-def compiled(stem: str, arch: str, folder: Path) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """A kernel's source compiled once for all tests: what the compiler says, and the cubin."""
-    cubin = folder / f"{stem}-{arch}.cubin"
-    return compile_cubin(KERNELS / f"{stem}.cu", arch, cubin), cubin
+def compiled(stem: str, arch: str, folder: Path) -> Code:
+    """A kernel's code, once for all tests."""
+    return code_of_source(KERNELS / f"{stem}.cu", arch, folder)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -67,12 +69,11 @@ def test_cuda_source_compiles(
         pytest.skip(f"this nvcc does not know sm_{arch}")
     if source.stem.endswith("_sm90") and arch != "90a":
         pytest.skip("instructions of sm_90a alone")
-    done, _ = compiled(source.stem, arch, tmp_path_factory.getbasetemp())
-    assert done.returncode == 0, done.stderr
+    code = compiled(source.stem, arch, tmp_path_factory.getbasetemp())
     # What ptxas says where it serialises wgmmas, or ignores setmaxnreg.
-    assert "Potential Performance Loss" not in done.stderr, done.stderr
-    found = usages(done.stderr)
-    assert found, "no ptxas report: spills would go unseen"
+    assert "Potential Performance Loss" not in code.said, code.said
+    found = code.usages
+    assert found, "no account of registers: spills would go unseen"
     assert [usage for usage in found if usage.spilled] == []
     most = MOST_REGISTERS.get(source.stem, 128)
     assert [usage for usage in found if usage.registers > most] == []
@@ -96,9 +97,16 @@ def test_spills_are_seen(tmp_path: Path) -> None:
         "  *out = values[n & 63];\n"
         "}\n"
     )
-    done = compile_cubin(source, "80", tmp_path / "out.cubin")
+    cubin = tmp_path / "out.cubin"
+    done = compile_cubin(source, "80", cubin)
     assert done.returncode == 0, done.stderr
     assert [usage.spilled for usage in usages(done.stderr)] == [True]
+    assert [usage.spilled for usage in usages_of(cubin)] == [True]
+    # Both accounts are the same, kernel by kernel.
+    source = KERNELS / "dequantize.cu"
+    done = compile_cubin(source, "80", cubin)
+    ptxas, ours = usages(done.stderr), usages_of(cubin)
+    assert sorted(map(str, ptxas)) == sorted(map(str, ours))
 
 
 def test_broken_source_fails(tmp_path: Path) -> None:
@@ -113,9 +121,7 @@ def test_broken_source_fails(tmp_path: Path) -> None:
 
 @lru_cache(maxsize=8)
 def machine_code(stem: str, arch: str, folder: Path) -> list[Kernel]:
-    done, cubin = compiled(stem, arch, folder)
-    assert done.returncode == 0, done.stderr
-    return disassemble(cubin)
+    return disassemble(compiled(stem, arch, folder).cubin)
 
 
 @pytest.fixture(params=["80", "90a"])
@@ -244,12 +250,14 @@ def test_gradients_multiply_on_tensor_cores_in_few_instructions(code_of) -> None
             assert kernel.count("ATOM|RED") == 0, "sums in no fixed order"
 
 
-def test_gradients_of_few_ranks_leave_room_for_two_blocks(tmp_path: Path) -> None:
-    done = compile_cubin(KERNELS / "low_rank_gradients_sm80.cu", "80", tmp_path / "out.cubin")
-    few = [usage for usage in usages(done.stderr) if "ELi16E" in usage.kernel]
+def test_gradients_of_few_ranks_leave_room_for_two_blocks(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    found = compiled("low_rank_gradients_sm80", "80", tmp_path_factory.getbasetemp()).usages
+    few = [usage for usage in found if "ELi16E" in usage.kernel]
     assert len(few) == 6
     assert [usage for usage in few if usage.registers > 128] == []
-    more = [usage for usage in usages(done.stderr) if "ELi32E" in usage.kernel]
+    more = [usage for usage in found if "ELi32E" in usage.kernel]
     assert len(more) == 6
     assert [usage for usage in more if usage.registers > 200] == []
 

@@ -33,6 +33,20 @@ def write_corpus(path: Path) -> Path:
     return path
 
 
+def slow_steps(seconds: float, after: int = 0) -> str:
+    """Code that makes steps of training take that much longer from step `after` on, so that a test
+    that waits for one on a busy machine still meets the run before its end."""
+    return f"""
+import time
+from qlora_kernels.finetune import loop
+train_step = loop.train_step
+def slow_step(job, step):
+    time.sleep({seconds} if step >= {after} else 0)
+    return train_step(job, step)
+loop.train_step = slow_step
+"""
+
+
 class Command:
     """`python -m qlora_kernels finetune` with a small text and short runs, in ``folder``.
 

@@ -13,7 +13,14 @@ import psutil
 import pytest
 
 from qlora_kernels.finetune.compare import failure
-from tests.finetune.running import Command, kill, losses, wait_for, write_corpus
+from tests.finetune.running import (
+    Command,
+    kill,
+    losses,
+    slow_steps,
+    wait_for,
+    write_corpus,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +31,14 @@ import qlora_kernels.formats as F
 @F.register("twin")
 def twin():
     return dataclasses.replace(F.get_format("nf4"), name="twin")
+"""
+# What every process of a comparison runs first where this file is: only there can its methods be
+# made to wait for a test.
+SLOW = "slow.py"
+DEFINITION += f"""
+from pathlib import Path
+if Path("{SLOW}").exists():
+    exec(Path("{SLOW}").read_text())
 """
 # fp32: an adapter of zeros then changes no bit of what full fine-tuning starts from.
 OPTIONS = ("--dropout", "0.1", "--dtype", "float32")
@@ -124,6 +139,7 @@ def test_comparison_equals_single_runs(whole: Path, same: Command) -> None:
 
 def test_signal_reaches_the_method(whole: Path, same: Command) -> None:
     """Sent to the parent alone, while the second method trains."""
+    (same.folder / SLOW).write_text(slow_steps(0.5, after=2))
     process = same.start(*COMPARE, "--checkpoint-every", "1000")
     assert process.stderr is not None
     for line in process.stderr:
@@ -138,6 +154,7 @@ def test_signal_reaches_the_method(whole: Path, same: Command) -> None:
     assert (run / "qlora" / "report.json").exists() and not (run / "report.json").exists()
     assert (run / "lora" / "checkpoint.safetensors").exists()
     assert not (run / "full").exists()
+    (same.folder / SLOW).unlink()
     before = (run / "qlora" / "report.json").stat().st_mtime_ns
     done = same.run(*COMPARE, "--resume")
     assert done.returncode == 0, done.stderr
@@ -149,6 +166,7 @@ def test_signal_reaches_the_method(whole: Path, same: Command) -> None:
 
 def test_ctrl_c_in_a_terminal(same: Command) -> None:
     """A terminal sends SIGINT to the whole foreground group; the method must get it once."""
+    (same.folder / SLOW).write_text(slow_steps(0.3, after=1))
     process = same.start(*COMPARE, prelude="import os; os.setpgrp()")
     assert process.stderr is not None
     for line in process.stderr:
@@ -172,7 +190,7 @@ def test_signal_while_the_method_is_starting(same: Command) -> None:
 
 
 def test_method_dies_with_its_parent(same: Command) -> None:
-    process = same.start(*COMPARE, "--checkpoint-every", "1")
+    process = same.start(*COMPARE, "--checkpoint-every", "1", "--steps", "1000")
     checkpoint = same.folder / "run" / "qlora" / "checkpoint.safetensors"
     wait_for(checkpoint.exists, process)
     (worker,) = children(process)
@@ -185,7 +203,7 @@ def test_method_dies_with_its_parent(same: Command) -> None:
 
 
 def test_method_that_is_killed_is_named(same: Command) -> None:
-    process = same.start(*COMPARE)
+    process = same.start(*COMPARE, "--steps", "1000")
     checkpoint = same.folder / "run" / "qlora" / "checkpoint.safetensors"
     wait_for(checkpoint.exists, process)
     children(process)[0].kill()

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_kernels import QLoRAKernelsConfig, QLoRALinear, load_adapter, replace_linear
+from qlora_kernels.errors import ArgumentError
 from qlora_kernels.finetune import loop
 from qlora_kernels.finetune.data import load_windows
 from qlora_kernels.finetune.load import load_base, load_tokenizer, prepare
@@ -170,6 +171,10 @@ def test_tied_and_differently_named_output_layers_get_no_adapter(tmp_path: Path)
         replaced = [n for n, m in model.named_modules() if isinstance(m, QLoRALinear)]
         assert len(replaced) == adapted and head not in replaced
         assert all(p.requires_grad == ("lora_" in n) for n, p in model.named_parameters())
+    config.is_decoder = False  # which transformers takes all the same, to train it to copy
+    transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ArgumentError, match=r"--model must be a causal .*bert, an encoder"):
+        load_base(settings)
 
 
 def gpt2(folder: Path) -> None:

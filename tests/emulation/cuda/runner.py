@@ -7,6 +7,8 @@ are kept under build/emulation by the hash of everything that went into them.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -15,11 +17,13 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from tests.native_library import built_object
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -51,7 +55,11 @@ _ENGINE_FLAGS = {
     mode: ["-fno-tree-loop-distribute-patterns", *define]
     for mode, define in {"plain": [], "memory": ["-DQLK_ASAN"], "races": ["-DQLK_TSAN"]}.items()
 }
-_FLAGS = ["-std=c++20", "-O2", "-g1", "-ffp-contract=off", "-fno-strict-aliasing"]
+# What takes the least time in all, compiling and running: nothing here depends on the level. A
+# wrong kernel runs one check until it fails; unoptimized, TSAN forgets what it should compare.
+_LEVELS = {"plain": "-O1", "memory": "-O1", "races": "-O1"}
+_MUTANT_LEVELS = {"plain": "-O0", "memory": "-O0", "races": "-O1"}
+_FLAGS = ["-std=c++20", "-g1", "-ffp-contract=off", "-fno-strict-aliasing"]
 _FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-variable", "-Werror"]
 _FLAGS += ["-DQLK_EMULATE_CUDA"]
 _ENVIRONMENT = {
@@ -231,51 +239,78 @@ def _compile(command: list[str], source: Path, contents: _Contents) -> Path:
     """The object of one source, from build/emulation if nothing that it depends on changed."""
     key = hashlib.sha256(" ".join(command).encode() + contents.digest(source))
     result = OBJECTS / f"{source.stem}-{key.hexdigest()[:16]}.o"
-    if not result.exists():
-        partial = result.with_suffix(f".{os.getpid()}.o")
-        include = [f"-I{folder}" for folder in contents.folders]
-        _run([*command, *include, "-c", str(source), "-o", str(partial)])
-        partial.replace(result)
+    with _turn(result):
+        if not result.exists():
+            partial = result.with_suffix(f".{os.getpid()}.o")
+            include = [f"-I{folder}" for folder in contents.folders]
+            _run([*command, *include, "-c", str(source), "-o", str(partial)])
+            partial.replace(result)
     return result
 
 
-def _build(commands: Mapping[Path, list[str]], link: list[str], csrc: Path) -> Path:
+@contextlib.contextmanager
+def _turn(result: Path) -> Iterator[None]:
+    """Processes that want the same file take turns: the first makes it."""
+    with result.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(
+    commands: Mapping[Path, list[str]],
+    link: list[str],
+    contents: _Contents,
+    built: Sequence[Path] = (),
+) -> Path:
+    """Compiles and links; `built` are further objects."""
     OBJECTS.mkdir(parents=True, exist_ok=True)
-    contents = _Contents(csrc)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         objects = list(
             pool.map(lambda item: _compile(item[1], item[0], contents), commands.items())
         )
-    key = hashlib.sha256(" ".join([*link, *map(str, objects)]).encode()).hexdigest()[:16]
+    dates = [str(path.stat().st_mtime_ns) for path in built]
+    objects += built
+    key = hashlib.sha256(" ".join([*link, *map(str, objects), *dates]).encode()).hexdigest()[:16]
     executable = OBJECTS / f"runner-{key}"
-    if not executable.exists():
-        partial = executable.with_suffix(f".{os.getpid()}")
-        _run([*link, *map(str, objects), "-o", str(partial)])
-        partial.replace(executable)
+    with _turn(executable):
+        if not executable.exists():
+            partial = executable.with_suffix(f".{os.getpid()}")
+            _run([*link, *map(str, objects), "-o", str(partial)])
+            partial.replace(executable)
     return executable
 
 
 def build_emulated(mode: str, csrc: Path = ROOT / "csrc") -> Path:
-    """The runner of the kernels in `csrc` for one of `MODES`."""
+    """The runner of the kernels in `csrc` for one of `MODES`. Sources that differ from this tree's
+    are compiled in less time, to code that takes more."""
     assert CXX is not None
+    contents, ours = _Contents(csrc), _Contents(ROOT / "csrc")
     commands = {}
     for source in _sources(csrc):
+        is_kernel = source.is_relative_to(csrc)
+        own = ROOT / "csrc" / source.relative_to(csrc) if is_kernel else source
+        changed = contents.digest(source) != ours.digest(own)
+        level = (_MUTANT_LEVELS if changed else _LEVELS)[mode]
         sanitizer = _ENGINE_FLAGS[mode] if source.name in _ENGINE else MODES[mode]
-        commands[source] = [CXX, *_FLAGS, *sanitizer, "-x", "c++"]
-    return _build(commands, [CXX, *MODES[mode]], csrc)
+        commands[source] = [CXX, *_FLAGS, level, *sanitizer, "-x", "c++"]
+    return _build(commands, [CXX, *MODES[mode]], contents)
 
 
 def build_for_gpu(arch: str) -> Path:
-    """The same runner for a GPU of e.g. "90a"; its functions run on the current device. Sources
-    named *_sm90 are for that target alone, and no others have what they define."""
+    """The same runner for a GPU of e.g. "90a"; its functions run on the current device. Kernels are
+    the last build's where they are of these sources. Sources named *_sm90 are for that target
+    alone, and no others have what they define."""
     assert NVCC is not None
     flags = ["-std=c++20", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-    commands = {
-        source: [NVCC, *flags, '-DQLK_CUDA_ARCHS=""', "-x", "cu"]
-        for source in _sources(ROOT / "csrc")
-        if source.name not in _ENGINE and (arch == "90a" or not source.stem.endswith("_sm90"))
-    }
-    return _build(commands, [NVCC, *flags], ROOT / "csrc")
+    commands, built = {}, []
+    for source in _sources(ROOT / "csrc"):
+        if source.name in _ENGINE or (arch != "90a" and source.stem.endswith("_sm90")):
+            continue
+        if made := built_object(source, arch):
+            built.append(made)
+        else:
+            commands[source] = [NVCC, *flags, '-DQLK_CUDA_ARCHS=""', "-x", "cu"]
+    return _build(commands, [NVCC, *flags], _Contents(ROOT / "csrc"), built)
 
 
 @functools.cache
