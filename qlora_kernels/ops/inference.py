@@ -13,7 +13,6 @@ import torch
 
 from qlora_kernels.backends.cpu.inference import native_linear
 from qlora_kernels.backends.registry import generation, nothing_forced
-from qlora_kernels.formats.dynamic8 import dynamic8_table
 from qlora_kernels.formats.quantized_weight import QuantizedWeight, WeightOperands
 from qlora_kernels.ops.library import runs_eagerly
 
@@ -47,10 +46,10 @@ def run_inference(
     native = native_linear(generation())
     if native is None or not nothing_forced():
         return None
-    op, dot_tokens, tile_tokens, isa = native
+    op, dot_tokens, tile_tokens, isa, usual_map = native
     *tensors, scale_codebook, (rows, cols), block_size, scale_block_size = weight
     if scale_codebook is None and tensors[1] is None:
-        scale_codebook = dynamic8_table(torch.device("cpu"))
+        scale_codebook = usual_map
     y: torch.Tensor | None = op(
         x,
         *tensors,

@@ -12,16 +12,18 @@ from qlora_kernels.backends.cpu.matmul_path import TILE_LEAST_TOKENS, most_dot_t
 from qlora_kernels.backends.cpu.qlora_linear import qlora_linear_cpu
 from qlora_kernels.backends.cpu.quantized_matmul import quantized_matmul_cpu
 from qlora_kernels.backends.registry import Problem, entries
+from qlora_kernels.formats.dynamic8 import dynamic8_table
 
 
 class NativeLinear(NamedTuple):
-    """torch.ops.qlora_kernels_cpu.linear_inference and its last arguments: most tokens of the dot
-    products, fewest of tiles, level."""
+    """torch.ops.qlora_kernels_cpu.linear_inference and arguments of it: most tokens of the dot
+    products, fewest of tiles, level; and the usual map of scales, whose look-up takes as long."""
 
     op: Any
     dot_tokens: int
     tile_tokens: int
     isa: int
+    scale_codebook: torch.Tensor
 
 
 @functools.cache
@@ -44,7 +46,9 @@ def native_linear(generation: int) -> NativeLinear | None:
                     return None
                 break
     found = torch.ops.qlora_kernels_cpu.linear_inference.default
-    return NativeLinear(found, most_dot_tokens(isa, torch.float32), TILE_LEAST_TOKENS, isa)
+    return NativeLinear(
+        found, most_dot_tokens(isa, torch.float32), TILE_LEAST_TOKENS, isa, dynamic8_table()
+    )
 
 
 def _problems(op: str) -> list[Problem]:
