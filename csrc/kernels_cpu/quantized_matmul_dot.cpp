@@ -92,7 +92,7 @@ Status run_pass(const Pass& pass, const ThreadPool& pool) {
       if (pass.held == Held::kRows)
         strip_by_chunks(p.weight, pass.x, pass.tokens, row, rows, pass.isa, out);
       else
-        strip_interleaved(p.weight, layout_of(pass.held), pass.isa, pass.x, pass.tokens, row, rows,
+        strip_interleaved(p.weight, layout_of(pass.held), pass.x, pass.tokens, row, rows,
                           tile + tile_size, kStrip, out);
       finish_strip(pass, row, rows, tile, products, out);
     }
@@ -102,12 +102,14 @@ Status run_pass(const Pass& pass, const ThreadPool& pool) {
 
 Held preferred_way(const QuantizedMatmulParams& params, Isa isa) {
   if (!strip_interleaved_runs(isa)) return Held::kRows;
-  // A table with NaN where no code points has no integers for them.
+  // A table with NaN where no code points has no integers for them. The level below multiplies in
+  // fp32: what has to have the error of torch's products by elements too asks for that one.
   const float* codebook = params.weight.codebook;
   const bool finite =
       std::all_of(codebook, codebook + 16, [](float c) { return std::isfinite(c); });
-  return finite && params.dtype == DType::kBFloat16 ? Held::kInterleavedIntegers
-                                                    : Held::kInterleavedFloats;
+  return finite && params.dtype == DType::kBFloat16 && isa >= Isa::kAvx512Bf16
+             ? Held::kInterleavedIntegers
+             : Held::kInterleavedFloats;
 }
 
 // Floats that a token takes.

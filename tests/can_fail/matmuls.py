@@ -74,7 +74,7 @@ _DOT = (
         "integers[kWordWeights[e] + 4]",
         "integers[kWordWeights[e ^ 1] + 4]",
         f"{MATMUL}::test_matmul_of_aligned_weights",
-        "avx512",
+        "avx512_bf16",
     ),
     Mutation(
         "integers_of_x_overflow_their_sums",
@@ -82,7 +82,7 @@ _DOT = (
         "_mm512_set1_ps(kXIntegerBits - 1)",
         "_mm512_set1_ps(kXIntegerBits)",
         f"{MATMUL}::test_the_largest_sums",
-        "avx512",
+        "avx512_bf16",
     ),
     Mutation(
         "integers_of_x_share_one_exponent",
@@ -90,7 +90,7 @@ _DOT = (
         "__m512i most = _mm512_setzero_si512();",
         "__m512i most = _mm512_castps_si512(_mm512_set1_ps(64.0f));",
         f"{MATMUL}::test_numbers_of_very_different_sizes",
-        "avx512",
+        "avx512_bf16",
     ),
     Mutation(
         "integers_are_made_of_nan",
@@ -98,7 +98,7 @@ _DOT = (
         "return no_integer == 0;",
         "return true;",
         f"{MATMUL}::test_a_row_that_is_not_finite_stays_alone",
-        "avx512",
+        "avx512_bf16",
     ),
     Mutation(
         "integer_sums_keep_those_of_the_group_before",

@@ -32,8 +32,8 @@ bool strip_interleaved_runs(Isa isa);
 // Floats of scratch that the decoded scales of its rows need.
 int64_t interleaved_scale_count(const QuantizedView& weight);
 // out[t * out_stride + i] = x[t] · Ŵ[row_begin + i].
-void strip_interleaved(const QuantizedView& weight, XLayout layout, Isa isa, const float* x,
-                       int64_t tokens, int64_t row_begin, int64_t rows, float* scales,
-                       int64_t out_stride, float* out);
+void strip_interleaved(const QuantizedView& weight, XLayout layout, const float* x, int64_t tokens,
+                       int64_t row_begin, int64_t rows, float* scales, int64_t out_stride,
+                       float* out);
 
 }  // namespace qlk

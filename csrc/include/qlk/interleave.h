@@ -15,12 +15,12 @@ enum class XLayout { kFloat, kInteger };
 constexpr int64_t kGroup = 128, kGroupBytes = kGroup / 2, kLaneWeights = 8;
 // The weight whose code is nibble e, from the lowest, of a little-endian 16-bit word of codes.
 constexpr int kWordWeights[4] = {1, 0, 3, 2};
-// A lane's integers lie below 2^13 = kMostXInteger + 1; 8 products of the largest with the table's
-// largest stay below 2^31: 8 * 8160 * 32767, since a bf16 number has 8 significant bits.
-constexpr int kXIntegerBits = 13;
-constexpr int kMostTableInteger = 32767;
+// 8 products of a lane's largest integer, 255 * 2^7 as a bf16 number has 8 significant bits, with
+// the table's largest stay below 2^31.
+constexpr int kXIntegerBits = 15;
+constexpr int kMostTableInteger = 8191;
 // What the lanes' units divide by, so that sums have the range that fp32 products would give them.
-constexpr float kTableUnit = 32768.0f;
+constexpr float kTableUnit = 8192.0f;
 
 constexpr int64_t group_floats(XLayout layout) { return layout == XLayout::kFloat ? 128 : 80; }
 

@@ -21,7 +21,7 @@ _AVX2 = ISA_NAMES.index("avx2")
 # Most tokens of the fused dot products, by level; a GEMM on panels is faster above.
 _DOT_TOKENS = {0: 4, _AVX2: 12, _AVX512: 40, AVX512_BF16: 24, _AMX: 24}
 # The same of the forward of bf16, which multiplies as integers.
-_INTEGER_DOT_TOKENS = {_AVX512: 64, AVX512_BF16: 64}
+_INTEGER_DOT_TOKENS = {AVX512_BF16: 64}
 # Fewest tokens that keep the tiles of the forward busy enough; a grad_x decodes columns, which the
 # dot products do no faster for a single token.
 TILE_LEAST_TOKENS = 5
