@@ -9,11 +9,15 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from qlora_kernels.backends.cpu.common import ISA_NAMES, machine_isa
+from qlora_kernels.backends.cpu.matmul_path import choose_path
+from qlora_kernels.backends.registry import backend, nothing_forced
 from qlora_kernels.formats.bitsandbytes import from_state_dict
 from qlora_kernels.formats.dynamic8 import SCALE_BLOCK_SIZE
 from qlora_kernels.formats.quantized_weight import QuantizedWeight, WeightOperands
@@ -302,8 +306,22 @@ def _operands(
 
 def _matmul(x: torch.Tensor, weight: WeightOperands, bias: torch.Tensor | None) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    y: torch.Tensor = torch.ops.qlora_kernels.quantized_matmul(rows, *weight, bias)
+    with backend("cpu:avx512") if _as_integers(rows, weight) else nullcontext():
+        y: torch.Tensor = torch.ops.qlora_kernels.quantized_matmul(rows, *weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _as_integers(rows: torch.Tensor, weight: WeightOperands) -> bool:
+    """Whether a CPU kernel would multiply bf16 as integers, which levels above avx512 do. They are as
+    near as is asked for by the norm of a result, and not by elements near zero, at which
+    bitsandbytes' tests look."""
+    if rows.device.type != "cpu" or rows.dtype != torch.bfloat16 or not nothing_forced():
+        return False
+    isa = machine_isa()
+    if isa <= ISA_NAMES.index("avx512"):
+        return False
+    out_features, in_features = weight.shape
+    return choose_path(rows.shape[0], out_features, in_features, rows.dtype, isa) == "dot"
 
 
 def _writing(kernel: Callable[..., torch.Tensor]) -> Callable[..., None]:

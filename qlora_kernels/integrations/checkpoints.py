@@ -125,6 +125,8 @@ class Skeleton:
         stacks: the experts' projections it quantizes, by name.
         names: how names in files and in the model relate.
         prefix: name of the model's body, which a checkpoint of the body alone leaves out.
+        turned: names of the linear layers whose dense weight is [K, N].
+        is_transposed: names of the modules of experts that say they are.
         config: the quantizer's configuration, completed.
     """
 
@@ -132,6 +134,8 @@ class Skeleton:
     stacks: dict[str, Stack]
     names: Names
     prefix: str
+    turned: frozenset[str]
+    is_transposed: frozenset[str]
     config: Any
 
 
@@ -157,7 +161,8 @@ def skeleton_of(checkpoint: Checkpoint, config: Any) -> Skeleton:
     stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     if stored is not None:
         model.to(getattr(torch, stored))
-    transposed = {n for n, module in model.named_modules() if is_transposed(module)}
+    transposed = frozenset(n for n, module in model.named_modules() if is_transposed(module))
+    says_so = frozenset(n for n, m in model.named_modules() if getattr(m, "is_transposed", False))
     names = Names(model)
     quantizer = QLoRAKernelsQuantizer(config, pre_quantized=checkpoint.kind != "dense")
     quantizer.preprocess_model(model, dtype=model.dtype)
@@ -180,8 +185,8 @@ def skeleton_of(checkpoint: Checkpoint, config: Any) -> Skeleton:
                 layer_name in transposed,
                 isinstance(module, QuantizedEmbedding),
             )
-    prefix = model.base_model_prefix
-    return Skeleton(layers, stacks, names, prefix, quantizer.quantization_config)
+    prefix, completed = model.base_model_prefix, quantizer.quantization_config
+    return Skeleton(layers, stacks, names, prefix, transposed, says_so, completed)
 
 
 def groups(
@@ -189,9 +194,11 @@ def groups(
 ) -> list[tuple[str, Layer | Stack | None, list[str]]]:
     """(name, layer, stack or None, tensor names) for each weight that is converted as one, in the
     order of names: a stack's is the model's, others are the files'."""
-    suffixes = FIELDS if checkpoint.kind == "qlora_kernels" else ("",)
+    stored = FIELDS if checkpoint.kind == "qlora_kernels" else ("",)
     in_stack = {
-        f"{name}{end}": stack for name, stack in skeleton.stacks.items() for end in suffixes
+        f"{name}{end}": stack
+        for name, stack in skeleton.stacks.items()
+        for end in (stored if stack.is_quantized else ("",))
     }
     taken: dict[str, tuple[Layer | Stack | None, list[str]]] = {}
     for name in checkpoint.files:
@@ -227,6 +234,8 @@ def check_contents(
     for key, owner, names in found:
         if isinstance(owner, Layer) and checkpoint.kind == "dense":
             _check_shape(checkpoint, names[0], owner.stored_shape)
+        elif isinstance(owner, Stack) and not owner.is_quantized:
+            continue
         elif owner is not None and checkpoint.kind == "qlora_kernels":
             # A stack's are by the model's names, a layer's by those of the files.
             is_stack, experts = isinstance(owner, Stack), torch.Size(owner.shape[:-2]).numel()

@@ -16,7 +16,7 @@ from qlora_kernels.integrations.optional import require
 SUMMARY = "convert a checkpoint between dense, this library's and bitsandbytes' files"
 DESCRIPTION = """
 Convert a folder that transformers' save_pretrained wrote: quantize it (or turn one kind of 4-bit
-files into the other, without touching a code), or make it dense, with an adapter merged if one is
+files into the other, without touching a code), or make it dense, with an adapter added if one is
 given. A file of the result is in memory at a time; nothing is visible under DST before all of it is
 there, and the same command goes on after an interruption.
 """
@@ -36,7 +36,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=("qlora_kernels", "bitsandbytes", "dense"),
         help="default: qlora_kernels",
     )
-    parser.add_argument("--format", choices=list_formats(), help="for a dense SRC (default: nf4)")
+    parser.add_argument(
+        "--format",
+        choices=list_formats(),
+        metavar="NAME",
+        help=f"for a dense SRC: {', '.join(list_formats())} (default: nf4)",
+    )
     parser.add_argument(
         "--block-size", type=int, metavar="N", help="weights per scale (default: the format's)"
     )
@@ -55,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of a dense result (default: bfloat16)",
     )
     parser.add_argument(
-        "--adapter", metavar="FOLDER", help="a LoRA adapter to merge into a dense result"
+        "--adapter", metavar="FOLDER", help="a LoRA adapter to add; its weights are quantized anew"
     )
     parser.add_argument(
         "--shard-size", type=float, default=2.0, metavar="GIB", help="of a file (default: 2)"
@@ -116,17 +121,43 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="every built-in size, beside what the QLoRA paper says of it, as Markdown",
     )
-    parser.add_argument("--batch", type=int, default=1, help="sequences a step (default: 1)")
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens each (default: 512)")
-    parser.add_argument("--rank", type=int, default=64, help="of the adapters (default: 64)")
-    parser.add_argument("--format", default="nf4", choices=list_formats(), help="default: nf4")
-    parser.add_argument("--block-size", type=int, metavar="N", help="default: the format's")
-    parser.add_argument("--double-quant", action=argparse.BooleanOptionalAction)
-    parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES))
+    for name, default, what in (
+        ("--batch", 1, "sequences a step"),
+        ("--seq-len", 512, "tokens each"),
+        ("--rank", 64, "of the adapters"),
+    ):
+        help_text = f"{what} (default: {default})"
+        parser.add_argument(name, type=int, default=default, metavar="N", help=help_text)
     parser.add_argument(
-        "--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="default: on"
+        "--format",
+        default="nf4",
+        choices=list_formats(),
+        metavar="NAME",
+        help=f"{', '.join(list_formats())} (default: nf4)",
     )
-    parser.add_argument("--optim", default="adamw", metavar="NAME", help="default: adamw")
+    parser.add_argument(
+        "--block-size", type=int, metavar="N", help="weights per scale (default: the format's)"
+    )
+    parser.add_argument(
+        "--double-quant",
+        action=argparse.BooleanOptionalAction,
+        help="quantize the scales too (default: the format's)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=sorted(DTYPES),
+        help="of activations and of what stays dense (default: bfloat16)",
+    )
+    parser.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="recompute activations in the backward (default: yes)",
+    )
+    parser.add_argument(
+        "--optim", default="adamw", metavar="NAME", help="as of finetune (default: adamw)"
+    )
     parser.add_argument("--card", type=float, metavar="GIB", help="say whether it fits so much")
 
 

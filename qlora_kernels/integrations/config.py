@@ -114,7 +114,8 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
     @classmethod
     def adopt(cls, path: str, **options: Any) -> Any:
         """The model configuration to load a bitsandbytes checkpoint with, into these layers:
-        `from_pretrained(path, config=QLoRAKernelsConfig.adopt(path))`.
+        `from_pretrained(path, config=QLoRAKernelsConfig.adopt(path))`. That of a checkpoint of this
+        library's own is as it is.
 
         Args:
             path: a folder or a hub name.
@@ -127,6 +128,9 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
         stored = getattr(config, "quantization_config", None)
         if stored is None:
             raise CheckpointError(f"QLoRAKernelsConfig.adopt: {path} is not a quantized checkpoint")
+        fields = stored if isinstance(stored, dict) else stored.to_dict()
+        if fields.get("quant_method") == QUANT_METHOD:
+            return config
         found = cls.from_bitsandbytes(stored)
         # Of a name on the hub, loading reads the files.
         found.block_size = bitsandbytes_block_size(sorted(Path(path).glob("*.safetensors"))) or (

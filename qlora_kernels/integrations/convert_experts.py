@@ -27,6 +27,7 @@ from qlora_kernels.formats.quantized_weight import (
     is_table_of,
     values_of,
 )
+from qlora_kernels.integrations.convert_adapter import Delta
 from qlora_kernels.nn.quantized_experts import expert_parameters
 from qlora_kernels.ops import dequantize, quantize
 
@@ -41,10 +42,14 @@ class Stack:
         name: of the model's parameter, as `model.layers.0.mlp.experts.down_proj`.
         shape: (experts, N, K).
         transposed: a dense checkpoint has the matrices as [K, N].
+        is_quantized: the quantizer takes it; else it is dense in any checkpoint.
     """
 
-    def __init__(self, name: str, shape: tuple[int, ...], transposed: bool) -> None:
+    def __init__(
+        self, name: str, shape: tuple[int, ...], transposed: bool, is_quantized: bool = True
+    ) -> None:
         self.name, self.shape, self.transposed = name, shape, transposed
+        self.is_quantized = is_quantized
 
     def turned(self, dense: torch.Tensor) -> torch.Tensor:
         """A dense stack from the layout of files to [experts, N, K], or back."""
@@ -56,11 +61,15 @@ class Names:
 
     Args:
         model: the dense model, without values.
+
+    Attributes:
+        shapes: of the model's parameters.
     """
 
     def __init__(self, model: Any) -> None:
         self._config, self._prefix = model.config, model.base_model_prefix
         self._held = dict(model.state_dict())
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._held.items()}
         mapping = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -141,8 +150,12 @@ def dequantize_stack(
     fmt: Format,
     weight_dtype: torch.dtype,
     dtype: torch.dtype,
+    delta: Delta | None = None,
 ) -> torch.Tensor:
     """The dense stack, as files have it, of a quantized one's tensors, by the model's names.
+
+    Args:
+        delta: what is added to it as files have it.
 
     Raises:
         CheckpointError: tensors that are missing, or of another format.
@@ -165,5 +178,9 @@ def dequantize_stack(
         matrix = QuantizedWeight.from_parts(
             codes, shape=tuple(shape), dtype=weight_dtype, format=fmt, **held
         )
-        dequantize(matrix, dtype, out=dense[expert])
+        if delta is None:
+            dequantize(matrix, dtype, out=dense[expert])
+        else:
+            added = delta.turned(stack.transposed).matrix(expert)
+            dense[expert] = dequantize(matrix, torch.float32).add_(added)
     return stack.turned(dense)

@@ -11,6 +11,7 @@ from qlora_kernels.errors import argument_error
 from qlora_kernels.integrations.expert_lora import ExpertLoRA
 from qlora_kernels.integrations.merging import KeptBytes, Requantizing
 from qlora_kernels.integrations.optional import require
+from qlora_kernels.integrations.other_tuners import OverQuantized
 from qlora_kernels.nn import QuantizedExperts, StoredWeight
 
 _stock: dict[str, Callable[..., Any]] = {}  # what `guard_peft` replaced
@@ -26,7 +27,7 @@ def check_merge(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, layers.BaseTunerLayer):
             continue
-        if isinstance(module, KeptBytes | Requantizing | ExpertLoRA):
+        if isinstance(module, KeptBytes | Requantizing | ExpertLoRA | OverQuantized):
             continue
         base = module.get_base_layer()
         if isinstance(base, StoredWeight | QuantizedExperts):
@@ -36,8 +37,8 @@ def check_merge(model: nn.Module) -> None:
             raise argument_error("merge", f"the adapter of {name}", rule, got)
 
 
-def check_trainable(module: nn.Module) -> None:
-    """Whether a module that is to be trained and saved whole is dense.
+def check_trainable(module: nn.Module, option: str = "modules_to_save") -> None:
+    """Whether a module that is to be trained and saved, whole or by row, is dense.
 
     Raises:
         ArgumentError: it is, or holds, a quantized layer.
@@ -45,7 +46,7 @@ def check_trainable(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, StoredWeight | QuantizedExperts):
             rule = "of dense layers (name them in the quantizer's skip)"
-            raise argument_error("get_peft_model", "modules_to_save", rule, type(part).__name__)
+            raise argument_error("get_peft_model", option, rule, type(part).__name__)
 
 
 def refuse_resize(*args: Any, **kwargs: Any) -> None:
@@ -59,8 +60,9 @@ def guard_peft() -> None:
     if _stock:
         return
     tuner = require("peft.tuners.tuners_utils", "guard_peft").BaseTuner
-    wrapper = require("peft.utils.other", "guard_peft").ModulesToSaveWrapper
-    _stock.update(merge=tuner._check_merge_allowed, save=wrapper.init_modules)
+    other = require("peft.utils.other", "guard_peft")
+    whole, rows = other.ModulesToSaveWrapper, other.TrainableTokensWrapper
+    _stock.update(merge=tuner._check_merge_allowed, save=whole.init_modules, rows=rows.init_modules)
 
     def check_merge_allowed(self: Any) -> None:
         _stock["merge"](self)
@@ -70,13 +72,19 @@ def guard_peft() -> None:
         check_trainable(self.original_module)
         _stock["save"](self, *args, **kwargs)
 
-    tuner._check_merge_allowed, wrapper.init_modules = check_merge_allowed, init_modules
+    def init_rows(self: Any, *args: Any, **kwargs: Any) -> None:
+        check_trainable(self.original_module, "trainable_token_indices")
+        _stock["rows"](self, *args, **kwargs)
+
+    tuner._check_merge_allowed, whole.init_modules = check_merge_allowed, init_modules
+    rows.init_modules = init_rows
 
 
 def unguard_peft() -> None:
     """Undo `guard_peft`; without one, do nothing."""
     if _stock:
         tuner = require("peft.tuners.tuners_utils", "unguard_peft").BaseTuner
-        wrapper = require("peft.utils.other", "unguard_peft").ModulesToSaveWrapper
+        other = require("peft.utils.other", "unguard_peft")
         tuner._check_merge_allowed = _stock.pop("merge")
-        wrapper.init_modules = _stock.pop("save")
+        other.ModulesToSaveWrapper.init_modules = _stock.pop("save")
+        other.TrainableTokensWrapper.init_modules = _stock.pop("rows")

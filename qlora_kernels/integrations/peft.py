@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from qlora_kernels.errors import type_error
+from qlora_kernels.errors import argument_error, type_error
 from qlora_kernels.integrations.bitsandbytes import HELD_OPERANDS
 from qlora_kernels.integrations.expert_lora import expert_lora_class, is_quantized_experts
 from qlora_kernels.integrations.fused import Fused, fused_class
 from qlora_kernels.integrations.guards import guard_peft, unguard_peft
 from qlora_kernels.integrations.optional import require
-from qlora_kernels.nn import LoRALinear, QuantizedLinear
+from qlora_kernels.integrations.other_tuners import adopt_tuners, leave_tuners, over_quantized
+from qlora_kernels.nn import LoRALinear, QuantizedEmbedding, QuantizedLinear, StoredWeight
 
 
 @dataclass
@@ -137,14 +138,16 @@ def patch_peft() -> None:
     """Have PEFT put fused LoRA layers over `QuantizedLinear`, in this process; repeatable.
 
     get_peft_model, PeftModel.from_pretrained and added adapters then need no `accelerate`, and
-    merge_adapter works; what would change stored bytes (a merge of another tuner than LoRA,
-    modules_to_save of quantized layers) is refused. `unpatch_peft` undoes it.
+    merge_adapter works. Other tuners than LoRA work as well, those that compute with the weight
+    itself on the dequantized one. What would take stored bytes for values (modules_to_save of
+    quantized layers) is refused. `unpatch_peft` undoes it.
 
     Raises:
         ImportError: PEFT is not installed.
     """
     model = require("peft.tuners.lora.model", "patch_peft").LoraModel
     guard_peft()
+    adopt_tuners()
     if "create" in _stock:
         return
     stock = _stock["create"] = model._create_new_module
@@ -152,19 +155,45 @@ def patch_peft() -> None:
     def create(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
         if kwargs.get("parameter_name") is not None and is_quantized_experts(target):
             return expert_lora_class()(target, adapter_name, config=lora_config, **kwargs)
+        _check_config(lora_config, target, **kwargs)
         module = stock(lora_config, adapter_name, target, **kwargs)
         base = module.get_base_layer()
         cls = fused_class(type(module)) if type(base) is QuantizedLinear else None
         if cls is not None:
             module.__class__ = cls
+        elif type(base) is QuantizedEmbedding:
+            module.__class__ = over_quantized(type(module))
         return module
 
     model._create_new_module = staticmethod(create)
 
 
+def _check_config(config: Any, target: Any, **kwargs: Any) -> None:
+    """Whether a LoRA layer over a quantized one can be made as PEFT makes it.
+
+    Raises:
+        ArgumentError: it would take the stored bytes for the weight.
+    """
+    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+    if not isinstance(base, StoredWeight):
+        return
+    parameter, start = kwargs.get("parameter_name"), config.init_lora_weights
+    if parameter is not None:
+        rule = "of dense layers or of experts (a quantized layer is one of target_modules)"
+        raise argument_error("get_peft_model", "target_parameters", rule, parameter)
+    if isinstance(start, str) and start.lower().startswith(_FROM_THE_WEIGHT):
+        rule = "True, False, gaussian or eva (qlora_kernels.initialize_adapters has the rest)"
+        raise argument_error("get_peft_model", "init_lora_weights", rule, repr(start))
+
+
+# Starts of PEFT's that factor the base's weight and change it.
+_FROM_THE_WEIGHT = ("pissa", "olora", "corda", "loftq", "orthogonal", "mica")
+
+
 def unpatch_peft() -> None:
     """Undo `patch_peft`; without one, do nothing."""
     unguard_peft()
+    leave_tuners()
     if "create" in _stock:
         model = require("peft.tuners.lora.model", "unpatch_peft").LoraModel
         model._create_new_module = staticmethod(_stock.pop("create"))

@@ -87,15 +87,15 @@ def config_of(model: str) -> Any:
     Raises:
         ArgumentError: not of a causal language model, or none at all.
         ImportError: transformers is not installed.
-        OSError: nothing is found.
     """
     transformers = require("transformers", "plan")
     if model not in SHAPES:
         try:
             found = transformers.AutoConfig.from_pretrained(model)
-        except (ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().split("\n")[0]
-            raise argument_error("plan", "MODEL", "one with a configuration", reason) from error
+            rule = f"{', '.join(SHAPES)}, or a folder or hub id with a configuration"
+            raise argument_error("plan", "MODEL", rule, f"{model} ({reason})") from error
         if type(found) not in transformers.AutoModelForCausalLM._model_mapping:
             raise argument_error(
                 "plan", "MODEL", "a causal language model", f"{model}, a {type(found).__name__}"

@@ -192,8 +192,10 @@ class QLoRAKernelsQuantizer(HfQuantizer):
             packed: those that are bitsandbytes' 4-bit weights.
 
         Raises:
-            CheckpointError: a layer of which some tensors are there and others are not.
+            CheckpointError: a layer of which some tensors are there and others are not; or none,
+                if the checkpoint is quantized and had it.
         """
+        gone: list[str] = []
         lost: list[str] = []
         dense: list[str] = []
         foreign = self.pre_quantized and self.quantization_config.checkpoint == "bitsandbytes"
@@ -201,6 +203,9 @@ class QLoRAKernelsQuantizer(HfQuantizer):
             module = model.get_submodule(name)
             wanted = {f"{name}.{key}" for key in self._keys(module)}
             there = wanted & found
+            if not there and self._must_be_there(model, name, found):
+                gone.append(name)
+                continue
             if not there or (not self.pre_quantized and there != wanted):
                 self.left[name] = "the checkpoint lacks it, and it is initialized anew"
             elif (there == {f"{name}.weight"} != wanted) or (foreign and not there & packed):
@@ -215,8 +220,25 @@ class QLoRAKernelsQuantizer(HfQuantizer):
             undo()
             dense.append(name)
         _refuse_lost(lost)
+        if gone:
+            raise CheckpointError(
+                f"from_pretrained: the checkpoint lacks all of {some(gone)}; add to its "
+                "configuration's skip what is to be dense and initialized anew"
+            )
         if dense:
             self._skip_more(dense)
+
+    def _must_be_there(self, model: Any, name: str, found: set[str]) -> bool:
+        """Whether a quantized checkpoint without a layer is a damaged one. It is not if the model
+        is of another class, with a head or another part that is new; but it is if the layers of the
+        same name in other blocks are there."""
+        keys = [*model.all_tied_weights_keys, *(model._keys_to_ignore_on_load_missing or ())]
+        if not self.pre_quantized or any(re.search(key, f"{name}.weight") for key in keys):
+            return False
+        if type(model).__name__ in (model.config.architectures or ()):
+            return True
+        alike = re.compile(re.sub(r"\d+", r"\\d+", re.escape(name)) + r"\.")
+        return any(alike.match(place) for place in found)
 
     def _keys(self, module: Any) -> list[str]:
         """Names of a layer's parameters that come out of files, biases aside."""

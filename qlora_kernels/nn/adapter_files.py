@@ -261,28 +261,6 @@ def _place_experts(
     return found
 
 
-def read_adapter(path: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """Module name -> A [R, K], B [N, R] and scaling of an adapter in PEFT's layout.
-
-    Raises:
-        CheckpointError: as `load_adapter`, of what the files alone can tell.
-    """
-    folder = Path(path)
-    config = read_config(folder / CONFIG_NAME)
-    if config.get("target_parameters"):
-        raise CheckpointError(
-            f"load_adapter: {folder / CONFIG_NAME}: target_parameters must be None, got "
-            f"{config['target_parameters']!r}"
-        )
-    found = {}
-    for name, pair in read_weights(folder / WEIGHTS_NAME).items():
-        a, b = pair["lora_a"], pair["lora_b"]
-        sizes = nn.Linear(a.shape[-1], b.shape[0], bias=False, device="meta")
-        shape = _shape_of(folder, config, name, sizes, pair).plain()
-        found[name] = (a, b, shape.alpha / shape.rank)
-    return found
-
-
 def _with_adapter(module: Any, shape: Shape, dropout: float) -> LoRAAdapter:
     """`module` with an adapter of that shape, values yet to come: itself if it has one."""
     if isinstance(module, LoRAAdapter):

@@ -45,37 +45,37 @@ class Shape:
         return Shape(self.rank, self.alpha * math.sqrt(self.rank), False) if self.rslora else self
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A LoRA adapter's configuration. Raises CheckpointError for any other file, and for one whose
-    mathematics are not B A alone."""
+def read_config(path: Path, op: str = "load_adapter") -> dict[str, Any]:
+    """A LoRA adapter's configuration, for `op`. Raises CheckpointError for any other file, and for
+    one whose mathematics are not B A alone."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"load_adapter: {path} cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{op}: {path} cannot be read ({error.strerror})") from error
     except ValueError as error:  # not UTF-8, or not JSON
-        raise CheckpointError(f"load_adapter: {path} must be JSON ({error})") from error
+        raise CheckpointError(f"{op}: {path} must be JSON ({error})") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise CheckpointError(f"load_adapter: {path} must be the configuration of a LoRA adapter")
+        raise CheckpointError(f"{op}: {path} must be the configuration of a LoRA adapter")
     for option, accepted in _PLAIN_LORA.items():
         if option in config and config[option] not in accepted:
             raise CheckpointError(
-                f"load_adapter: {path}: {option} must be {accepted[0]!r}, got {config[option]!r}"
+                f"{op}: {path}: {option} must be {accepted[0]!r}, got {config[option]!r}"
             )
     if not isinstance(config.get("r"), int) or not isinstance(
         config.get("lora_alpha"), int | float
     ):
-        raise CheckpointError(f"load_adapter: {path} must hold r and lora_alpha")
+        raise CheckpointError(f"{op}: {path} must hold r and lora_alpha")
     return config
 
 
-def read_weights(path: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Module name -> lora_a and lora_b. Raises CheckpointError for what is not those."""
+def read_weights(path: Path, op: str = "load_adapter") -> dict[str, dict[str, torch.Tensor]]:
+    """Module name -> lora_a and lora_b, for `op`. Raises CheckpointError for what is not those."""
     try:
         tensors = load_file(path)
     except OSError as error:
-        raise CheckpointError(f"load_adapter: {path} cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{op}: {path} cannot be read ({error.strerror})") from error
     except SafetensorError as error:
-        raise CheckpointError(f"load_adapter: {path} is truncated or foreign ({error})") from error
+        raise CheckpointError(f"{op}: {path} is truncated or foreign ({error})") from error
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         for ending, which in _ENDINGS.items():
@@ -85,24 +85,28 @@ def read_weights(path: Path) -> dict[str, dict[str, torch.Tensor]]:
                 break
         else:
             raise CheckpointError(
-                f"load_adapter: {path} must hold LoRA weights of linear layers only, got {key}"
+                f"{op}: {path} must hold LoRA weights of linear layers only, got {key}"
             )
     for name, pair in found.items():
         if len(pair) != 2:
-            raise CheckpointError(f"load_adapter: {path} must hold A and B of {name}, got one")
+            raise CheckpointError(f"{op}: {path} must hold A and B of {name}, got one")
     if not found:
-        raise CheckpointError(f"load_adapter: {path} must hold LoRA weights, got none")
+        raise CheckpointError(f"{op}: {path} must hold LoRA weights, got none")
     return found
 
 
 def check_size(
-    folder: Path, name: str, which: str, tensor: torch.Tensor, size: tuple[int, int]
+    folder: Path,
+    name: str,
+    which: str,
+    tensor: torch.Tensor,
+    size: tuple[int, int],
+    op: str = "load_adapter",
 ) -> None:
     """Raises CheckpointError for a tensor of another size."""
     if tuple(tensor.shape) != size:
         raise CheckpointError(
-            f"load_adapter: {folder}: {which} of {name} must be {list(size)}, "
-            f"got {list(tensor.shape)}"
+            f"{op}: {folder}: {which} of {name} must be {list(size)}, got {list(tensor.shape)}"
         )
 
 

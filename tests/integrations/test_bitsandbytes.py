@@ -181,6 +181,23 @@ def test_operands_share_memory(storage: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_with_the_identity_is_the_input(
+    patched: PatchReport, quant_type: str, dtype: torch.dtype
+) -> None:
+    """To the bit, small elements too: products whose error is small beside the norm alone, as of
+    integers, are not what bitsandbytes' callers had."""
+    packed, state = F.quantize_4bit(torch.eye(192, dtype=dtype), quant_type=quant_type)
+    for tokens in (1, 3):
+        x = (weight(tokens, 192) * 0.1).to(dtype)
+        x[:, ::7] *= 2**-10
+        got = [bnb.matmul_4bit(x.clone().requires_grad_(), packed.t(), state)]
+        with torch.no_grad():
+            got.append(bnb.matmul_4bit(x, packed.t(), state))
+        assert all(torch.equal(y, x) for y in got)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_fp16_gemv_rounds_the_weight_as_bitsandbytes_defines_it(
     patched: PatchReport, quant_type: str
 ) -> None:

@@ -224,6 +224,15 @@ def test_every_moment_of_a_kill_can_be_gone_on_from(
     assert not (late / module.SETTINGS).exists()
 
 
+def test_bitsandbytes_gets_embeddings_dense(llama: str, tmp_path: Path) -> None:
+    how = qlk.QLoRAKernelsConfig(embeddings=True)
+    model = Auto.from_pretrained(llama, quantization_config=how)
+    model.save_pretrained(tmp_path / "ours")
+    stock = Auto.from_pretrained(convert(tmp_path / "ours", tmp_path / "b", to="bitsandbytes"))
+    qlk.accelerate(stock, verbose=False)
+    assert torch.equal(stock(tokens()).logits, model(tokens()).logits)
+
+
 def test_block_sizes_of_bitsandbytes(llama: str, tmp_path: Path) -> None:
     stock = convert(llama, tmp_path / "stock", to="bitsandbytes", block_size=128)
     ours = convert(stock, tmp_path / "ours")
@@ -307,7 +316,7 @@ def test_what_is_refused(llama: str, tmp_path: Path) -> None:
         convert(llama, tmp_path)
     with pytest.raises(qlk.errors.CheckpointError, match=r"config\.json cannot be read"):
         convert(tmp_path / "nothing", tmp_path / "out")
-    with pytest.raises(qlk.errors.ArgumentError, match="left out unless --to dense"):
+    with pytest.raises(qlk.errors.CheckpointError, match=r"adapter_config\.json cannot be read"):
         convert(llama, tmp_path / "out", adapter=llama)
     ours = convert(llama, tmp_path / "ours", format="int4")
     with pytest.raises(qlk.errors.ArgumentError, match="nf4 or fp4 for bitsandbytes"):

@@ -247,6 +247,57 @@ def test_experts_that_are_stored_transposed(name: str, tmp_path: Path) -> None:
     assert relative_error(merged(ids).logits.detach(), alone) < 2e-5
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4"])
+def test_adapters_of_transposed_experts_travel(name: str, tmp_path: Path) -> None:
+    """This library's own over either order of dimensions, PEFT's over quantized and over dense."""
+    path = saved(make(name), tmp_path)
+    own = quantized(path)
+    ids = tokens(3, 17)
+    torch.manual_seed(5)
+    qlk.replace_linear(own, rank=4, target=["q_proj", *EXPERTS])
+    with torch.no_grad():
+        for parameter in qlk.lora_parameters(own):
+            parameter.normal_(std=0.1)
+    qlk.save_adapter(own, tmp_path / "ours")
+    twin = peft.PeftModel.from_pretrained(
+        quantized(path).dequantize(), tmp_path / "ours", is_trainable=True
+    )
+    # A training step, which is the same one: files in either layout, gradients in it too.
+    wanted, _ = loss_and_gradients(twin, ids)
+    got, _ = loss_and_gradients(own, ids)
+    assert relative_error(got, wanted) < 2e-5
+    both = (*twin.parameters(), *qlk.lora_parameters(own))
+    trained = [parameter for parameter in both if parameter.grad is not None]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter -= 0.1 * parameter.grad
+    assert relative_error(own(ids).logits.detach(), wanted) > 1e-4
+    wanted = twin(input_ids=ids).logits.detach()
+    assert relative_error(own(ids).logits.detach(), wanted) < 2e-5
+    twin.save_pretrained(tmp_path / "theirs")
+    again = quantized(path)
+    qlk.load_adapter(again, tmp_path / "theirs")
+    qlk.save_adapter(again, tmp_path / "back")
+    one, two = (
+        load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("theirs", "back")
+    )
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    fused = peft.PeftModel.from_pretrained(quantized(path), tmp_path / "back")
+    for model in (again, fused):
+        assert relative_error(model(input_ids=ids).logits.detach(), wanted) < 2e-5
+
+
+def test_what_peft_refuses_over_experts_is_refused(mixtral: str) -> None:
+    """It has no dropout there, nor DoRA, whatever the experts are stored in."""
+    for options, words in (
+        ({"lora_dropout": 0.1}, "does not work with lora_dropout != 0"),
+        ({"use_dora": True}, "does not work with use_dora=True"),
+    ):
+        for model in (quantized(mixtral), Auto.from_pretrained(mixtral)):
+            with pytest.raises(ValueError, match=words):
+                adapted(model, target_parameters=EXPERTS, **options)
+
+
 def test_experts_that_are_not_known_are_named(
     mixtral: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

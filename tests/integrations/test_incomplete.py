@@ -15,6 +15,7 @@ from torch import nn
 
 import qlora_kernels as qlk
 from qlora_kernels.errors import CheckpointError
+from qlora_kernels.integrations.convert import convert_checkpoint
 from tests.integrations.models import make, saved, tokens, transformers
 
 Auto = transformers.AutoModelForCausalLM
@@ -174,6 +175,66 @@ def test_a_quantized_checkpoint_without_a_tensor(
         transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state)
 
 
+LAYERS = ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj")
+
+
+def without_layers(held: Tensors) -> None:
+    for name in [name for name in held if name.startswith(LAYERS)]:
+        del held[name]
+
+
+@pytest.mark.parametrize("kind", ["qlora_kernels", "bitsandbytes"])
+def test_a_quantized_checkpoint_without_whole_layers(
+    stored: dict[str, str], kind: str, tmp_path: Path
+) -> None:
+    """Not a model with some layers at random, whatever class it is read as."""
+    path = edited(stored[kind], tmp_path / "cut", without_layers)
+    adopted = {"config": qlk.QLoRAKernelsConfig.adopt(path)} if kind == "bitsandbytes" else {}
+    every = f"lacks all of {LAYERS[0]}, {LAYERS[1]}; add to its configuration's skip"
+    with pytest.raises(CheckpointError, match=every):
+        Auto.from_pretrained(path, **adopted)
+    with pytest.raises(CheckpointError, match=every):
+        transformers.AutoModelForTokenClassification.from_pretrained(path, **adopted)
+    with pytest.raises(CheckpointError, match=f"lacks {', '.join(LAYERS)}$"):
+        convert_checkpoint(path, tmp_path / "out", to="dense", progress=False)
+    # Unless that is what is asked for.
+    file = Path(path) / "config.json"
+    fields = json.loads(file.read_text())
+    key = "skip" if kind == "qlora_kernels" else "llm_int8_skip_modules"
+    fields["quantization_config"][key] = [*LAYERS, "lm_head"]
+    file.write_text(json.dumps(fields))
+    adopted = {"config": qlk.QLoRAKernelsConfig.adopt(path)} if kind == "bitsandbytes" else {}
+    model = Auto.from_pretrained(path, **adopted)
+    assert all(type(model.get_submodule(name)) is nn.Linear for name in LAYERS)
+
+
+def test_a_quantized_mixture_without_experts(bodies: Callable[[str], str], tmp_path: Path) -> None:
+    config = qlk.QLoRAKernelsConfig()
+    model = Auto.from_pretrained(bodies("mixtral"), quantization_config=config)
+    model.save_pretrained(tmp_path / "whole")
+
+    def cut(held: Tensors) -> None:
+        for name in [name for name in held if ".1." in name and ".experts." in name]:
+            del held[name]
+
+    path = edited(str(tmp_path / "whole"), tmp_path / "cut", cut)
+    with pytest.raises(CheckpointError, match=r"lacks all of model\.layers\.1\.mlp\.experts; add"):
+        Auto.from_pretrained(path)
+
+
+def test_a_part_that_is_new_to_the_body(bodies: Callable[[str], str], tmp_path: Path) -> None:
+    """Cross-attention over a quantized encoder: in every block, and in none of the files."""
+    config = qlk.QLoRAKernelsConfig()
+    body = transformers.BertModel.from_pretrained(bodies("bert"), quantization_config=config)
+    body.save_pretrained(tmp_path)
+    model = transformers.BertLMHeadModel.from_pretrained(
+        tmp_path, is_decoder=True, add_cross_attention=True
+    )
+    layer = model.bert.encoder.layer[1]
+    assert isinstance(layer.attention.self.query, qlk.QuantizedLinear)
+    assert type(layer.crossattention.self.query) is nn.Linear
+
+
 @pytest.mark.parametrize("end", ["", ".absmax", ".nested_absmax"])
 def test_a_bitsandbytes_checkpoint_without_a_tensor(
     stored: dict[str, str], end: str, tmp_path: Path
@@ -218,6 +279,10 @@ def test_block_sizes_of_bitsandbytes(bodies: Callable[[str], str], tmp_path: Pat
     assert torch.equal(again(tokens()).logits, model(tokens()).logits)
     other = load_file(tmp_path / "64" / "model.safetensors")
     wanted = {name: tensor for name, tensor in other.items() if name.startswith(PART)}
+    own = qlk.QLoRAKernelsConfig()
+    Auto.from_pretrained(bodies("llama"), quantization_config=own).save_pretrained(tmp_path / "own")
+    adopted = qlk.QLoRAKernelsConfig.adopt(str(tmp_path / "own"))  # what reads either kind
+    assert not Auto.from_pretrained(tmp_path / "own", config=adopted).hf_quantizer.left
     mixed = edited(str(tmp_path / "128"), tmp_path / "mixed", lambda held: held.update(wanted))
     with pytest.raises(CheckpointError, match=rf"{PART}\S* has block size 64; a model here has"):
         qlk.QLoRAKernelsConfig.adopt(mixed)

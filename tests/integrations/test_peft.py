@@ -171,11 +171,15 @@ def test_merge_and_unload_gives_back_quantized_layers(llama: str) -> None:
 
 
 def test_what_would_change_stored_bytes_is_refused_beforehand(llama: str) -> None:
-    """PEFT would multiply the packed codes of one layer after another."""
+    """PEFT would multiply the packed codes of one layer after another, in layers of its own."""
     model = quantized(llama)
     stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     targets = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
-    tuned = peft.get_peft_model(model, peft.IA3Config(**targets))
+    unpatch_peft()
+    try:
+        tuned = peft.get_peft_model(model, peft.IA3Config(**targets))
+    finally:
+        patch_peft()
     with pytest.raises(qlk.errors.ArgumentError, match=r"the adapter of .*k_proj must be over"):
         tuned.merge_adapter()
     now = {name.replace("base_layer.", ""): tensor for name, tensor in model.state_dict().items()}
