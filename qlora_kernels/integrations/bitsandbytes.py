@@ -312,8 +312,8 @@ def _matmul(x: torch.Tensor, weight: WeightOperands, bias: torch.Tensor | None) 
 
 
 def _as_integers(rows: torch.Tensor, weight: WeightOperands) -> bool:
-    """Whether a CPU kernel would multiply bf16 as integers, which levels above avx512 do. They are as
-    near as is asked for by the norm of a result, and not by elements near zero, at which
+    """Whether a CPU kernel would multiply bf16 as integers, which levels above avx512 do. They are
+    as near as is asked for by the norm of a result, and not by elements near zero, at which
     bitsandbytes' tests look."""
     if rows.device.type != "cpu" or rows.dtype != torch.bfloat16 or not nothing_forced():
         return False
