@@ -26,6 +26,17 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 PLAN_SUMMARY = "the memory of a fine-tuning run, before there is a run"
 
 
+def _scale_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--block-size", type=int, metavar="N", help="weights per scale (default: the format's)"
+    )
+    parser.add_argument(
+        "--double-quant",
+        action=argparse.BooleanOptionalAction,
+        help="quantize the scales too (default: the format's)",
+    )
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Every option of the command."""
     parser.add_argument("source", metavar="SRC", help="a checkpoint folder")
@@ -42,14 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"for a dense SRC: {', '.join(list_formats())} (default: nf4)",
     )
-    parser.add_argument(
-        "--block-size", type=int, metavar="N", help="weights per scale (default: the format's)"
-    )
-    parser.add_argument(
-        "--double-quant",
-        action=argparse.BooleanOptionalAction,
-        help="quantize the scales too (default: the format's)",
-    )
+    _scale_arguments(parser)
     parser.add_argument(
         "--skip", nargs="+", default=[], metavar="NAME", help="modules that stay dense"
     )
@@ -135,14 +139,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"{', '.join(list_formats())} (default: nf4)",
     )
-    parser.add_argument(
-        "--block-size", type=int, metavar="N", help="weights per scale (default: the format's)"
-    )
-    parser.add_argument(
-        "--double-quant",
-        action=argparse.BooleanOptionalAction,
-        help="quantize the scales too (default: the format's)",
-    )
+    _scale_arguments(parser)
     parser.add_argument(
         "--dtype",
         default="bfloat16",

@@ -261,6 +261,17 @@ def test_numbers_of_very_different_sizes(isa: int, size: float, outlier: float) 
         assert_matmul(quantized_matmul_cpu(isa, x, weight), x, weight)
 
 
+def test_an_element_is_as_near_as_its_neighbours_allow(isa: int) -> None:
+    # What README promises by elements: x times an identity, small numbers beside large ones.
+    codes = 7 + 8 * torch.eye(64, dtype=torch.uint8)  # nf4's 0 and 1
+    packed = (codes[:, ::2] << 4 | codes[:, 1::2]).flatten()
+    weight = random_weight((64, 64))._replace(codes=packed, absmax=torch.ones(64))
+    x = (torch.randn(3, 64) * torch.tensor([1.0, 2.0**-9]).repeat(32)).to(torch.bfloat16)
+    largest = x.abs().view(3, 8, 8).amax(-1, keepdim=True).expand(3, 8, 8).reshape(3, 64)
+    error = (quantized_matmul_cpu(isa, x, weight).double() - x.double()).abs()
+    assert (error <= largest.double() * 2.0**-15 + x.double().abs() * 2.0**-8).all()
+
+
 def test_the_largest_sums(isa: int) -> None:
     # All of one sign and of the most bits: 8 products fill 31 bits where they are integers.
     weight = random_weight((16, 256), 64)

@@ -85,6 +85,14 @@ _DOT = (
         "avx512_bf16",
     ),
     Mutation(
+        "integers_of_x_have_two_bits_too_few",
+        "interleave.cpp",
+        "_mm512_set1_ps(kXIntegerBits - 1)",
+        "_mm512_set1_ps(kXIntegerBits - 3)",
+        f"{MATMUL}::test_an_element_is_as_near_as_its_neighbours_allow",
+        "avx512_bf16",
+    ),
+    Mutation(
         "integers_of_x_share_one_exponent",
         "interleave.cpp",
         "__m512i most = _mm512_setzero_si512();",
