@@ -28,9 +28,11 @@ from torch import nn
 from qlora_kernels.finetune.load import BaseModel, prepare
 from qlora_kernels.finetune.memory import reset_resident_peak, resident_peak
 from qlora_kernels.finetune.settings import Settings
+from qlora_kernels.testing.timing import release_free_memory
 
 def resident():
     gc.collect()
+    release_free_memory()  # or what one method freed would hide what the next one takes
     reset_resident_peak()
     return resident_peak()
 
