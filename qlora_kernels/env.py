@@ -11,24 +11,20 @@ Build-time variables (QLK_BUILD_CUDA, QLK_CUDA_ARCHS) belong to setup.py.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-_BACKEND_KEY = getattr(os.environ, "encodekey", str)("QLK_BACKEND")
+# os.environ encodes a name to look it up, and raises and catches where there is none, which takes
+# longer than all other checks of an inference call. Its dictionary is asked first, where it has one
+# (CPython's does), for the name as it is in there.
+KNOWN: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
+BACKEND_KEY: Any = getattr(os.environ, "encodekey", str)("QLK_BACKEND")
 
 
 def backend() -> str:
     """QLK_BACKEND, "auto" when unset or empty."""
     return os.environ.get("QLK_BACKEND") or "auto"
-
-
-def backend_given() -> bool:
-    """Whether `backend()` may be another than "auto", on the path of every inference call.
-
-    os.environ encodes a name to look it up, and raises and catches where there is none, which takes
-    longer than most of such a call; its dictionary is asked where it has one (CPython's does).
-    """
-    known: dict[object, object] | None = getattr(os.environ, "_data", None)
-    return backend() != "auto" if known is None else _BACKEND_KEY in known and backend() != "auto"
 
 
 def library_path() -> Path | None:

@@ -4,6 +4,9 @@
 // With one token a weight is read in less time than Python takes for its checks, its choice and its
 // allocations when the weight before has pushed them all out of the caches. Nothing is kept between
 // calls: every pointer is asked of the tensors that the caller holds.
+//
+// The long way is taken, too, wherever torch's dispatcher would do more than call a CPU kernel: it
+// then comes to `LeaveToTheOps`. Checks in Python would cost every call some 20 µs.
 #include "adapter_utils.h"
 
 namespace {
@@ -89,6 +92,16 @@ OptionalTensor linear_inference(const Tensor& x, QLK_WEIGHT_PARAMETERS, const Op
   return y;
 }
 
+template <typename Function>
+struct LeaveToTheOps;
+
+template <typename... Arguments>
+struct LeaveToTheOps<OptionalTensor(Arguments...)> {
+  static OptionalTensor run(Arguments...) { return std::nullopt; }
+};
+
+using Leave = LeaveToTheOps<decltype(linear_inference)>;
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_cpu, m) {
@@ -100,4 +113,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_cpu, m) {
 // For tensors of every device: those that are not the CPU's are turned down like the rest.
 STABLE_TORCH_LIBRARY_IMPL(qlora_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("linear_inference", TORCH_BOX(&linear_inference));
+}
+
+// Dispatch modes and tensor subclasses; torch.func; autocast.
+STABLE_TORCH_LIBRARY_IMPL(qlora_kernels_cpu, Python, m) {
+  m.impl("linear_inference", TORCH_BOX(&Leave::run));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qlora_kernels_cpu, FuncTorchDynamicLayerFrontMode, m) {
+  m.impl("linear_inference", TORCH_BOX(&Leave::run));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qlora_kernels_cpu, AutocastCPU, m) {
+  m.impl("linear_inference", TORCH_BOX(&Leave::run));
 }

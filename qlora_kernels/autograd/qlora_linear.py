@@ -23,7 +23,7 @@ from qlora_kernels.ops.checks import (
     weight_operands,
 )
 from qlora_kernels.ops.dropout import draw_seed
-from qlora_kernels.ops.inference import held_operands, run_inference
+from qlora_kernels.ops.inference import run_inference
 from qlora_kernels.ops.library import runs_eagerly
 from qlora_kernels.ops.qlora_linear import run_qlora_linear, run_qlora_linear_backward
 
@@ -131,9 +131,8 @@ def qlora_linear(
     dropout_p = check_probability(op, "dropout_p", dropout_p)
     dropout_p = dropout_p if training else 0.0
     scaling = check_finite(op, "scaling", scaling)
-    held = held_operands(qw)
-    if held is not None and dropout_p == 0.0 and not batch_invariant:
-        y = run_inference(x, held, bias, lora_a, lora_b, scaling)
+    if dropout_p == 0.0 and not batch_invariant:
+        y = run_inference(x, qw, bias, lora_a, lora_b, scaling)
         if y is not None:
             return y
     return qlora_linear_of(x, operands, lora_a, lora_b, scaling, bias, dropout_p, batch_invariant)

@@ -13,7 +13,7 @@ from qlora_kernels.backends.kept import run_backward, run_forward
 from qlora_kernels.formats.operands import StoredOperands, WeightOperands
 from qlora_kernels.formats.quantized_weight import QuantizedWeight
 from qlora_kernels.ops.checks import autocast_input, check_parameter, check_x, weight_operands
-from qlora_kernels.ops.inference import held_operands, run_inference
+from qlora_kernels.ops.inference import run_inference
 from qlora_kernels.ops.library import runs_eagerly
 from qlora_kernels.ops.quantized_matmul import (
     run_quantized_matmul,
@@ -95,9 +95,8 @@ def quantized_linear(
         ArgumentError: shapes or devices that do not fit.
         BackendError: a forced backend that cannot run the problem.
     """
-    held = held_operands(qw)
-    if held is not None and not batch_invariant:
-        y = run_inference(x, held, bias)
+    if not batch_invariant and isinstance(qw, QuantizedWeight):
+        y = run_inference(x, qw, bias)
         if y is not None:
             return y
     return quantized_linear_of(x, weight_operands("quantized_linear", qw), bias, batch_invariant)

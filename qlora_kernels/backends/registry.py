@@ -7,16 +7,17 @@ compiled.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from qlora_kernels import env
+from qlora_kernels.env import BACKEND_KEY, KNOWN
 from qlora_kernels.errors import BackendError, argument_error
 
 OPS = (
@@ -92,9 +93,11 @@ class KernelEntry:
         return self.backend == backend or self.backend.split(":")[0] == backend
 
 
+Cached = TypeVar("Cached", bound="functools._lru_cache_wrapper[Any]")
+
 _ENTRIES: dict[str, list[KernelEntry]] = {op: [] for op in OPS}
 _forced: ContextVar[str | None] = ContextVar("qlk_backend", default=None)
-_generation = 0
+_forgotten: list[Callable[[], None]] = []
 
 
 def always_available() -> str | None:
@@ -122,11 +125,10 @@ def register_kernel(
         raise argument_error("register_kernel", "backend", f"new for {op}", repr(backend))
 
     def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
-        global _generation
-        _generation += 1
         _ENTRIES[op].append(KernelEntry(op, backend, priority, rejects, available, fn, path))
         _ENTRIES[op].sort(key=lambda entry: -entry.priority)
-        _choose.cache_clear()
+        for forget in _forgotten:
+            forget()
         return fn
 
     return decorate
@@ -139,15 +141,12 @@ def entries(op: str) -> list[KernelEntry]:
     return list(_ENTRIES[op])
 
 
-def generation() -> int:
-    """Grows with every entry that is registered: what was chosen before may not be chosen again."""
-    return _generation
-
-
 def nothing_forced() -> bool:
-    """`forced_backend() == "auto"`, in less time."""
+    """`forced_backend() == "auto"`, in less time: it is on the path of every inference call."""
     forced = _forced.get()
-    return not env.backend_given() if forced is None else forced == "auto"
+    if forced is not None:
+        return forced == "auto"
+    return BACKEND_KEY not in KNOWN or env.backend() == "auto"
 
 
 def known_backends() -> list[str]:
@@ -191,7 +190,14 @@ def _in_force(op: str, forced: str) -> str:
     return "auto" if left else forced
 
 
-@lru_cache(maxsize=4096)
+def forgotten_when_registering(cached: Cached) -> Cached:
+    """Decorator of a cached function that depends on which kernels there are."""
+    _forgotten.append(cached.cache_clear)
+    return cached
+
+
+@forgotten_when_registering
+@functools.lru_cache(maxsize=4096)
 def _choose(problem: Problem, forced: str) -> KernelEntry:
     forced = _in_force(problem.op, check_backend(forced))
     reasons = []

@@ -275,6 +275,20 @@ VALUES: tuple[float, ...] = (
 )
 
 
+_shared: torch.Tensor | None = None
+
+
+def shared_cpu_table() -> torch.Tensor:
+    """`dynamic8_table("cpu")` on the path of every inference call, where its look-up would show."""
+    global _shared
+    if _shared is None:
+        table = dynamic8_table()
+        if table is not dynamic8_table():  # made while torch traces
+            return table
+        _shared = table
+    return _shared
+
+
 def dynamic8_table(device: torch.device | str = "cpu") -> torch.Tensor:
     """The map as a shared fp32 tensor [256] on `device`, ascending; do not write to it."""
     # By name: hashing 256 numbers would take longer than looking up everything else.

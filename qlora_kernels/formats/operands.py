@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from qlora_kernels.errors import argument_error
 from qlora_kernels.formats.codebook import MAX_VALUES, constant_tensor
+from qlora_kernels.formats.dynamic8 import dynamic8_table
 from qlora_kernels.formats.format import Format
 from qlora_kernels.formats.packing import dense_to_nibbles, n_blocks
 from qlora_kernels.formats.scale_store import EIGHT_BIT_STORES, scale_table
@@ -39,6 +40,14 @@ class WeightOperands(NamedTuple):
     shape: tuple[int, ...]
     block_size: int
     scale_block_size: int
+
+    def flat(self) -> tuple[Any, ...]:
+        """The fields as an inference call takes them: the shape as two numbers, the usual map of
+        scales where none is stored."""
+        *tensors, scale_codebook, (rows, cols), block_size, scale_block_size = self
+        if scale_codebook is None and self.absmax is None:
+            scale_codebook = dynamic8_table(self.codes.device)
+        return (*tensors, scale_codebook, rows, cols, block_size, scale_block_size)
 
 
 class StoredOperands(NamedTuple):

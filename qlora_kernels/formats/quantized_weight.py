@@ -193,10 +193,13 @@ class QuantizedWeight:
             and not traced
         ):
             self.__dict__["_operands"] = operands
+            if len(operands.shape) == 2:
+                self.__dict__["_flat"] = operands.flat()
         return operands
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_operands"}
+        kept = ("_operands", "_flat")
+        return {name: value for name, value in self.__dict__.items() if name not in kept}
 
 
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:

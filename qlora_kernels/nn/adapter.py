@@ -30,6 +30,7 @@ class LoRAAdapter(nn.Module, ABC):
     out_features: int
     lora_a: nn.Parameter
     lora_b: nn.Parameter
+    _merged: nn.Linear | None = None
 
     def _init_adapter(
         self,
@@ -64,7 +65,11 @@ class LoRAAdapter(nn.Module, ABC):
     @property
     def scaling(self) -> float:
         """The factor on the adapter's product."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return self._scaling_of(self.lora_a)
+
+    def _scaling_of(self, lora_a: torch.Tensor) -> float:
+        rank = lora_a.shape[0]
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def delta_weight(self) -> torch.Tensor:
         """ΔW = scaling·B A, fp32 [N, K]."""
@@ -77,8 +82,7 @@ class LoRAAdapter(nn.Module, ABC):
     @property
     def merged(self) -> nn.Linear | None:
         """The dense layer that stands in for this one, or None."""
-        merged: nn.Linear | None = self.__dict__.get("_merged")
-        return merged
+        return self._merged
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:

@@ -106,15 +106,17 @@ class QLoRALinear(LoRAAdapter, QuantizedLinear):
 
     def compute(self, input: torch.Tensor) -> torch.Tensor:
         """x [..., K] to [..., N], by this layer alone; see `qlora_kernels.qlora_linear`."""
-        merged = self.merged
-        if merged is not None:
-            return self._merged_forward(merged, input)
+        if self._merged is not None:
+            return self._merged_forward(self._merged, input)
         dropout_p = self.dropout_p if self.training else 0.0
         if dropout_p == 0.0 and not self.batch_invariant and not torch.is_grad_enabled():
             weight = self.inference_weight()
-            if weight is not None:
-                adapter = (self.lora_a, self.lora_b, self.scaling)
-                y = run_inference(input, weight, self.bias, *adapter)
+            # Not self.lora_a, which torch looks for in Python.
+            held = self._parameters
+            lora_a, lora_b = held.get("lora_a"), held.get("lora_b")
+            if weight is not None and lora_a is not None and lora_b is not None:
+                scaling = self._scaling_of(lora_a)
+                y = run_inference(input, weight, held["bias"], lora_a, lora_b, scaling)
                 if y is not None:
                     return y
         return qlora_linear_of(

@@ -28,6 +28,7 @@ class QuantizedLinear(StoredWeight, nn.Linear):
     """
 
     keep_dense: bool = False
+    _group: Any = None
 
     def __init__(
         self, qw: QuantizedWeight, bias: torch.Tensor | None = None, batch_invariant: bool = False
@@ -76,7 +77,7 @@ class QuantizedLinear(StoredWeight, nn.Linear):
     @property
     def group(self) -> Any:
         """The `QLoRAGroup` that answers this layer's calls, or None."""
-        return self.__dict__.get("_group")
+        return self._group
 
     @group.setter
     def group(self, group: Any) -> None:
@@ -88,12 +89,12 @@ class QuantizedLinear(StoredWeight, nn.Linear):
         if self.keep_dense and not torch.compiler.is_compiling():
             with requested():
                 return self._answer(input)
-        return self._answer(input)
+        # Spelled out: a call of Python is seen in the time of one token's product.
+        return self.compute(input) if self._group is None else self._answer(input)
 
     def _answer(self, input: torch.Tensor) -> torch.Tensor:
-        group = self.__dict__.get("_group")
-        if group is not None:
-            output: torch.Tensor | None = group.output_of(self, input)
+        if self._group is not None:
+            output: torch.Tensor | None = self._group.output_of(self, input)
             if output is not None:
                 return output
         return self.compute(input)
@@ -102,9 +103,11 @@ class QuantizedLinear(StoredWeight, nn.Linear):
         """x [..., K] to [..., N], by this layer alone; see `qlora_kernels.quantized_linear`."""
         if not self.batch_invariant and not torch.is_grad_enabled():
             weight = self.inference_weight()
-            y = None if weight is None else run_inference(input, weight, self.bias)
-            if y is not None:
-                return y
+            if weight is not None:
+                # Not self.bias, which torch looks for in Python.
+                y = run_inference(input, weight, self._parameters["bias"])
+                if y is not None:
+                    return y
         return quantized_linear_of(
             input, self.operands(), self.bias, self.batch_invariant, type(self).__name__
         )

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import Parameter
 
 from qlora_kernels.errors import argument_error, type_error
+from qlora_kernels.formats.dynamic8 import shared_cpu_table
 from qlora_kernels.formats.format import Format
 from qlora_kernels.formats.operands import StoredOperands, WeightOperands, assemble_operands
 from qlora_kernels.formats.quantized_weight import (
@@ -103,21 +105,24 @@ class StoredWeight(nn.Module):
         )
 
     def inference_weight(self) -> tuple[Any, ...] | None:
-        """What `run_inference` takes: the parameters themselves, in the order of `operands`; None
-        where they are not plain tensors (a sharded weight), or not what kernels take."""
+        """What `run_inference` takes: the parameters themselves, as `WeightOperands.flat` has them;
+        None where they are not plain tensors (a sharded weight), or not what kernels take."""
         held, fmt = self._parameters, self.format
-        codes = held["weight"]
-        if type(codes) is not nn.Parameter or not self._is_plain:
+        codes, absmax = held["weight"], held["weight_absmax"]
+        scale_codebook: torch.Tensor | None = held["weight_scale_codebook"]
+        if type(codes) is not Parameter or not self._is_plain:
             return None
+        if scale_codebook is None and absmax is None:
+            scale_codebook = shared_cpu_table()
         return (
             codes,
-            held["weight_absmax"],
+            absmax,
             held["weight_scale_codes"],
             held["weight_scale_absmax"],
             held["weight_scale_offset"],
             held["weight_codebook"],
-            held["weight_scale_codebook"],
-            self.weight_shape,
+            scale_codebook,
+            *self.weight_shape,
             fmt.block_size,
             fmt.scale_block_size,
         )

@@ -9,61 +9,42 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch import Tensor, is_grad_enabled
+from torch._C import _get_tracing_state
+from torch.compiler import is_dynamo_compiling
 
 from qlora_kernels.backends.cpu.inference import native_linear
-from qlora_kernels.backends.registry import generation, nothing_forced
-from qlora_kernels.formats.quantized_weight import QuantizedWeight, WeightOperands
-from qlora_kernels.ops.library import runs_eagerly
-
-
-def held_operands(qw: object) -> WeightOperands | None:
-    """The operands that a 2-D weight keeps since they were first asked for, or None."""
-    if torch.compiler.is_compiling() or type(qw) is not QuantizedWeight:
-        return None
-    held: WeightOperands | None = qw.__dict__.get("_operands")
-    return held if held is not None and len(held.shape) == 2 else None
+from qlora_kernels.backends.registry import nothing_forced
+from qlora_kernels.formats.quantized_weight import QuantizedWeight
 
 
 def run_inference(
-    x: torch.Tensor,
-    weight: tuple[Any, ...],
-    bias: torch.Tensor | None = None,
-    lora_a: torch.Tensor | None = None,
-    lora_b: torch.Tensor | None = None,
+    x: Tensor,
+    weight: QuantizedWeight | tuple[Any, ...],
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
     scaling: float = 1.0,
-) -> torch.Tensor | None:
+) -> Tensor | None:
     """y [..., N] of x [..., K] and a plain weight, or None where that takes the ops.
 
     That is where gradients, autocast, tracing or a forced backend are on, for tensors of another
     device, dtype or layout than the kernel takes, for many tokens, and for what the ops refuse.
 
     Args:
-        weight: the fields of a `WeightOperands`, fp32 ones as their int32 bits if need be.
+        weight: a weight whose operands were asked for before, or `flat` operands, fp32 ones as
+            their int32 bits if need be.
     """
-    if torch.is_grad_enabled() or not runs_eagerly(x) or torch.is_autocast_enabled("cpu"):
+    # What is not asked here is left to torch's dispatcher, which asks it anyway: dispatch modes,
+    # torch.func, autocast; see the binding.
+    if is_dynamo_compiling() or type(x) is not Tensor or is_grad_enabled():
         return None
-    native = native_linear(generation())
-    if native is None or not nothing_forced():
+    flat: Any = weight.__dict__.get("_flat") if type(weight) is QuantizedWeight else weight
+    if flat is None:
         return None
-    op, dot_tokens, tile_tokens, isa, usual_map = native
-    *tensors, scale_codebook, (rows, cols), block_size, scale_block_size = weight
-    if scale_codebook is None and tensors[1] is None:
-        scale_codebook = usual_map
-    y: torch.Tensor | None = op(
-        x,
-        *tensors,
-        scale_codebook,
-        rows,
-        cols,
-        block_size,
-        scale_block_size,
-        bias,
-        lora_a,
-        lora_b,
-        scaling,
-        dot_tokens,
-        tile_tokens,
-        isa,
-    )
+    native = native_linear()
+    if native is None or not nothing_forced() or _get_tracing_state() is not None:
+        return None
+    op, dot_tokens, tile_tokens, isa = native
+    y: Tensor | None = op(x, *flat, bias, lora_a, lora_b, scaling, dot_tokens, tile_tokens, isa)
     return y

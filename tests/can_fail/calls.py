@@ -86,6 +86,16 @@ _INFERENCE = (
         "p.tokens > dot_tokens + 1)",
         f"{INFERENCE}::test_many_tokens_go_the_way_of_their_path",
     ),
+    *(
+        Mutation(
+            f"inference_goes_past_{key}",
+            "cpu_linear_inference.cpp",
+            f"{key}, m) {{\n  m.impl",
+            f"{key}, m) {{\n  if (false) m.impl",
+            f"{INFERENCE}::test_what_has_to_see_the_ops_sees_them",
+        )
+        for key in ("Python", "AutocastCPU")
+    ),
 )
 
 MUTATIONS = (*_BLOCKWISE, *_INFERENCE)

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_kernels as qlk
 from qlora_kernels.backends import registry
 from qlora_kernels.backends.cpu.common import machine_isa
+from qlora_kernels.backends.cpu.inference import native_linear
 from qlora_kernels.backends.cpu.matmul_path import most_dot_tokens
 from qlora_kernels.errors import QLKError
 from qlora_kernels.ops import inference
@@ -86,6 +88,10 @@ def test_many_tokens_go_the_way_of_their_path(taken: list[bool]) -> None:
     assert not any(taken)
 
 
+class Kept(torch.Tensor):
+    """A subclass that ops return again."""
+
+
 class Watching(TorchDispatchMode):
     """A mode that sees every op."""
 
@@ -110,6 +116,15 @@ def test_what_has_to_see_the_ops_sees_them(taken: list[bool], monkeypatch: Any) 
         monkeypatch.delenv("QLK_BACKEND")
         torch.compile(layer, fullgraph=True, backend="eager")(x)
         assert not any(taken)
+        taken.clear()
+        qw = layer.quantized_weight
+        traced = torch.jit.trace(lambda x: qlk.quantized_linear(x, qw), x, check_trace=False)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert isinstance(layer(x), FakeTensor)
+        torch.func.vmap(layer)(x)
+        torch.func.functional_call(layer, dict(layer.named_parameters()), x.as_subclass(Kept))
+        assert len(taken) == 4 and not any(taken)
+        assert_bitwise_equal(traced(x[:1]), qlk.quantized_linear(x[:1], qw))
         with qlk.backend("auto"):
             layer(x)
         assert taken[-1]
@@ -119,7 +134,7 @@ def test_what_the_kernel_does_not_take_goes_to_the_ops(taken: list[bool]) -> Non
     qw, x = weight(), torch.randn(2, K)
     with torch.no_grad():
         first = qlk.quantized_linear(x, qw)  # which makes the weight's operands
-        assert not taken
+        assert not taken.pop()
         y = qlk.quantized_linear(x, qw)
         assert taken.pop()
         assert_bitwise_equal(y, first)
@@ -173,5 +188,5 @@ def test_a_kernel_registered_later_is_preferred(
     finally:
         monkeypatch.undo()
         registry._choose.cache_clear()
-        inference.native_linear.cache_clear()
-    assert taken == [True, False]
+        native_linear.cache_clear()
+    assert taken == [False, True, False]  # the first call makes the weight's operands

@@ -11,28 +11,23 @@ from qlora_kernels.backends.cpu.common import FLOAT_DTYPES, machine_isa
 from qlora_kernels.backends.cpu.matmul_path import TILE_LEAST_TOKENS, most_dot_tokens
 from qlora_kernels.backends.cpu.qlora_linear import qlora_linear_cpu
 from qlora_kernels.backends.cpu.quantized_matmul import quantized_matmul_cpu
-from qlora_kernels.backends.registry import Problem, entries
-from qlora_kernels.formats.dynamic8 import dynamic8_table
+from qlora_kernels.backends.registry import Problem, entries, forgotten_when_registering
 
 
 class NativeLinear(NamedTuple):
     """torch.ops.qlora_kernels_cpu.linear_inference and arguments of it: most tokens of the dot
-    products, fewest of tiles, level; and the usual map of scales, whose look-up takes as long."""
+    products, fewest of tiles, level."""
 
     op: Any
     dot_tokens: int
     tile_tokens: int
     isa: int
-    scale_codebook: torch.Tensor
 
 
+@forgotten_when_registering
 @functools.cache
-def native_linear(generation: int) -> NativeLinear | None:
-    """The call, where it computes what the registry would choose for plain CPU tensors, else None.
-
-    Args:
-        generation: `registry.generation()`: an entry that comes later may be preferred.
-    """
+def native_linear() -> NativeLinear | None:
+    """The call, where it computes what the registry would choose for plain CPU tensors."""
     isa = machine_isa()
     if isa < 0:
         return None
@@ -46,9 +41,9 @@ def native_linear(generation: int) -> NativeLinear | None:
                     return None
                 break
     found = torch.ops.qlora_kernels_cpu.linear_inference.default
-    return NativeLinear(
-        found, most_dot_tokens(isa, torch.float32), TILE_LEAST_TOKENS, isa, dynamic8_table()
-    )
+    # What an overload's __call__ calls, one frame of Python deeper.
+    found = getattr(found, "_op", found)
+    return NativeLinear(found, most_dot_tokens(isa, torch.float32), TILE_LEAST_TOKENS, isa)
 
 
 def _problems(op: str) -> list[Problem]:
