@@ -36,16 +36,12 @@ int64_t round_up(int64_t value, int64_t multiple) {
 }
 
 // One block of tokens against one block of K for a range of output features.
-struct Block {
+struct Block : ColumnBlock {
   const QuantizedMatmulParams* params;
   int64_t token_begin, tokens, token_tiles;
-  int64_t k_begin, k_count, k_tiles;
+  int64_t k_count, k_tiles;
   int64_t row_begin, row_end;
-  int64_t unit_rows;    // 64 for one tile of tokens, else 32: four sums hide the latency
-  int64_t unit_scales;  // scales a row may need in this block of K
-  int block_shift;      // log2 of the weight's block size
-  bool aligned;         // every 32 weights of a row share a scale
-  bool uniform;         // every 64 do, and blocks begin at the same columns of every row
+  int64_t unit_rows;  // 64 for one tile of tokens, else 32: four sums hide the latency
   int64_t rank_tiles;
   const char* packed;       // B tiles [token_tiles][k_tiles]
   const char* packed_left;  // B tiles [token_tiles][rank_tiles] of the low-rank term
@@ -162,41 +158,7 @@ QLK_AMX void decode_unit_scales(const Block& block, int64_t row, int64_t rows, f
     const int64_t flat = (row + i) * weight.cols + block.k_begin;
     const int64_t first = flat >> block.block_shift;
     const int64_t count = ((flat + block.k_count - 1) >> block.block_shift) - first + 1;
-    decode_scales_avx512(weight.scales, first, count, scales + i * block.unit_scales);
-  }
-}
-
-// Weights [k, k + count) of the block of K for unit rows [begin, end) to out, kStride weights
-// apart; zero up to a multiple of 32 and in rows beyond the weight.
-template <int64_t kStride>
-QLK_AMX void decode_rows(const Block& block, int64_t row, int64_t begin, int64_t end, int64_t k,
-                         int64_t count, int64_t prefetch, const float* scales, char* weights) {
-  const QuantizedView& weight = block.params->weight;
-  const __m512 codebook = _mm512_loadu_ps(weight.codebook);
-  auto* out = reinterpret_cast<uint16_t*>(weights) + begin * kStride;
-  const int64_t missing = std::clamp<int64_t>(row + end - weight.rows, 0, end - begin);
-  std::fill_n(out + (end - begin - missing) * kStride, missing * kStride, uint16_t{0});
-  end -= missing;
-  if (block.uniform && count == kStride) {
-    constexpr int kGroups = kStride / 64;
-    const int64_t phase = (block.k_begin & (weight.block_size - 1)) + k;
-    int scale_of[kGroups];
-    for (int g = 0; g < kGroups; ++g)
-      scale_of[g] = static_cast<int>((phase + 64 * g) >> block.block_shift);
-    const int64_t flat = (row + begin) * weight.cols + block.k_begin + k;
-    const UniformRows rows{weight.codes + flat / 2, weight.cols / 2,
-                           scales + begin * block.unit_scales, block.unit_scales, prefetch};
-    decode_uniform<kGroups>(rows, end - begin, scale_of, codebook, kStride, out);
-    return;
-  }
-  for (int64_t i = begin; i < end; ++i, out += kStride) {
-    const int64_t flat = (row + i) * weight.cols + block.k_begin;
-    if (block.aligned)
-      decode_tiles({weight.codes + (flat + k) / 2, scales + i * block.unit_scales,
-                    (flat & (weight.block_size - 1)) + k, block.block_shift},
-                   count, codebook, out);
-    else
-      decode_ragged(weight, flat + k, count, out);
+    decode_scales_avx512(weight.scales, first, count, scales + i * block.row_scales);
   }
 }
 
@@ -214,8 +176,9 @@ QLK_AMX void multiply_unit(const Block& block, int64_t row, float* sums,
   for (int64_t k = 0; k < block.k_count; k += kChunk) {
     const int64_t count = std::min(kChunk, block.k_count - k);
     const int64_t steps = round_up(count, kTileDepth) / kTileDepth;
-    decode_rows<kChunk>(block, row, 0, kChunkRows, k, count, prefetch_distance(block, k, kChunk),
-                        scratch.scales, scratch.weights);
+    ChunkDecoder<kChunk>(block, row, k, count, prefetch_distance(block, k, kChunk), scratch.scales,
+                         scratch.weights)
+        .next(kChunkRows);
     const TileRun a[2] = {{scratch.weights, kRowBytes, kChunk * 2},
                           {scratch.weights + kTileRows * kChunk * 2, kRowBytes, kChunk * 2}};
     const bool accumulate = block.k_begin + k > 0;
@@ -243,7 +206,7 @@ template <int kA, int kB>
 QLK_AMX void multiply_unit_ahead(const Block& block, int64_t row, float* sums,
                                  const UnitScratch& scratch) {
   constexpr int64_t kSteps = kAheadChunk / kTileDepth, kRows = kA * kTileRows;
-  constexpr int64_t kRowsPerStep = kRows / kSteps;
+  constexpr int64_t kRowsPerQuarter = kRows / kSteps / 4;
   float* c[4] = {};
   for (int i = 0; i < kA; ++i)
     for (int j = 0; j < kB; ++j) c[i * kB + j] = sums + (j * kA + i) * kTileFloats;
@@ -258,18 +221,28 @@ QLK_AMX void multiply_unit_ahead(const Block& block, int64_t row, float* sums,
     const int64_t parity = next / kAheadChunk % 2;
     char* ahead = scratch.weights + parity * kAheadBytes;
     const char* ready = scratch.weights + (1 - parity) * kAheadBytes;
-    const int64_t prefetch = prefetch_distance(block, next, kAheadChunk);
+    ChunkDecoder<kAheadChunk> decoder(block, row, next, next_count,
+                                      prefetch_distance(block, next, kAheadChunk), scratch.scales,
+                                      ahead);
     TileRun a[kA], b[kB];
     for (int i = 0; i < kA; ++i)
       a[i] = {ready + i * kTileRows * kAheadChunk * 2, kRowBytes, kAheadChunk * 2};
     for (int j = 0; j < kB; ++j)
       b[j] = {block.packed + (j * block.k_tiles + k / kTileDepth) * kTileBytes, kTileBytes,
               kRowBytes};
+    // One after the other, a whole step and its share of rows would not fit into what the core
+    // looks ahead: each unit would wait for the other.
+    const bool decodes = next_count > 0;
     for (int64_t s = 0; s < kSteps; ++s) {
-      if (s * kTileDepth < count) multiply_step<kA, kB>(a, b, s);
-      if (next_count > 0)
-        decode_rows<kAheadChunk>(block, row, s * kRowsPerStep, (s + 1) * kRowsPerStep, next,
-                                 next_count, prefetch, scratch.scales, ahead);
+      const bool multiplies = s * kTileDepth < count;
+      if (multiplies) multiply_quarter<kA, kB, 0>(a, b, s);
+      if (decodes) decoder.next(kRowsPerQuarter);
+      if (multiplies) multiply_quarter<kA, kB, 1>(a, b, s);
+      if (decodes) decoder.next(kRowsPerQuarter);
+      if (multiplies) multiply_quarter<kA, kB, 2>(a, b, s);
+      if (decodes) decoder.next(kRowsPerQuarter);
+      if (multiplies) multiply_quarter<kA, kB, 3>(a, b, s);
+      if (decodes) decoder.next(kRowsPerQuarter);
     }
   }
   store_sums<kA * kB>(c);
@@ -285,7 +258,7 @@ Status run_units(const Block& block, const ThreadPool& pool) {
     const int64_t right_bytes = block.rank_tiles * block.unit_tiles() * kTileBytes;
     const int64_t sum_bytes = block.token_tiles * block.unit_tiles() * kTileBytes;
     const int64_t low_rank_bytes = block.unit_tiles() * kTileBytes;
-    const int64_t scale_bytes = block.unit_rows * block.unit_scales * 4;
+    const int64_t scale_bytes = block.unit_rows * block.row_scales * 4;
     auto* weights = static_cast<char*>(
         memory.reserve(weight_bytes + right_bytes + sum_bytes + low_rank_bytes + scale_bytes));
     if (!weights) return failure.set();
@@ -318,6 +291,7 @@ Block token_block(const QuantizedMatmulParams& params, int64_t token) {
   const QuantizedView& weight = params.weight;
   Block block{};
   block.params = &params;
+  block.weight = &weight;
   block.token_begin = token;
   block.tokens = std::min(kTokenBlock, params.tokens - token);
   block.token_tiles = (block.tokens + kTileRows - 1) / kTileRows;
@@ -355,7 +329,7 @@ Status quantized_matmul_amx(const QuantizedMatmulParams& params, const ThreadPoo
       for (block.k_begin = 0; block.k_begin < std::max<int64_t>(K, 1); block.k_begin += k_block) {
         block.k_count = std::min(k_block, K - block.k_begin);
         block.k_tiles = (block.k_count + kTileDepth - 1) / kTileDepth;
-        block.unit_scales = block.k_count / params.weight.block_size + 2;
+        block.row_scales = block.k_count / params.weight.block_size + 2;
         pool.run(0, block.token_tiles * block.k_tiles, 32,
                  [&](int64_t begin, int64_t end) { pack_x(block, packed, begin, end); });
         const Status status = run_units(block, pool);

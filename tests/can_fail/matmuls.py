@@ -262,6 +262,15 @@ _AMX = (
         header="include/qlk/amx.h",
     ),
     Mutation(
+        "amx_loads_both_tiles_of_x_into_one",
+        "quantized_matmul_amx.cpp",
+        "kRight = 6 + kColumn;",
+        "kRight = 6;",
+        f"{MATMUL}::test_matmul_of_aligned_weights",
+        "amx",
+        header="include/qlk/amx.h",
+    ),
+    Mutation(
         "amx_begins_anew_with_every_chunk",
         "quantized_matmul_amx.cpp",
         "const bool accumulate = block.k_begin + k > 0;",
@@ -300,6 +309,7 @@ _AMX = (
         "static_cast<int>(phase >> block.block_shift)",
         f"{MATMUL}::test_matmul_of_aligned_weights",
         "amx",
+        header="include/qlk/decode_tiles.h",
     ),
     Mutation(
         "amx_forgets_where_in_its_block_k_begins",
@@ -308,6 +318,7 @@ _AMX = (
         "const int64_t phase = block.k_begin + k;",
         f"{MATMUL}::test_matmul_in_several_passes",
         "amx",
+        header="include/qlk/decode_tiles.h",
     ),
     Mutation(
         "amx_adds_the_adapter_unscaled",

@@ -140,6 +140,18 @@ QLK_INLINE void multiply_step(const TileRun* a, const TileRun* b, int64_t s) {
   }
 }
 
+// A quarter of a step of four sums, for kernels that have other work between them: quarters 0 ... 3
+// in this order make multiply_step<4, 1> or <2, 2>.
+template <int kA, int kB, int kQuarter>
+QLK_INLINE void multiply_quarter(const TileRun* a, const TileRun* b, int64_t s) {
+  static_assert(kA * kB == 4 && kB <= 2);
+  constexpr int kRow = kQuarter / kB, kColumn = kQuarter % kB;
+  constexpr int kLeft = kRow % 2 == 0 ? 4 : 5, kRight = 6 + kColumn;
+  if constexpr (kRow == 0) load<kRight>(b[kColumn].at(s), b[kColumn].stride);
+  if constexpr (kColumn == 0) load<kLeft>(a[kRow].at(s), a[kRow].stride);
+  multiply<kQuarter, kLeft, kRight>();
+}
+
 template <int kA, int kB>
 QLK_INLINE void multiply_steps(const TileRun* a, const TileRun* b, int64_t steps, bool accumulate,
                                float* const* c) {

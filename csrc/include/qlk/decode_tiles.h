@@ -4,6 +4,8 @@
 // four 128-bit parts, then needs one variable shift: part p takes nibble p of every 16-bit word.
 #pragma once
 
+#include <algorithm>
+
 #include "qlk/decode_span.h"
 
 #if defined(QLK_X86)
@@ -67,9 +69,11 @@ struct UniformRows {
   int64_t prefetch;  // How far ahead of the codes the next ones to be decoded are.
 };
 
+// Returns the rows that follow.
 template <int kGroups>
-QLK_AVX512_BF16 QLK_INLINE void decode_uniform(UniformRows rows, int64_t count, const int* scale_of,
-                                               __m512 codebook, int64_t out_stride, uint16_t* out) {
+QLK_AVX512_BF16 QLK_INLINE UniformRows decode_uniform(UniformRows rows, int64_t count,
+                                                      const int* scale_of, __m512 codebook,
+                                                      int64_t out_stride, uint16_t* out) {
   for (int64_t i = 0; i < count; ++i) {
     QLK_UNROLL
     for (int g = 0; g < kGroups; ++g) {
@@ -86,6 +90,7 @@ QLK_AVX512_BF16 QLK_INLINE void decode_uniform(UniformRows rows, int64_t count, 
     rows.scales += rows.scale_stride;
     out += out_stride;
   }
+  return rows;
 }
 
 // Any run of `count` weights from flat index `begin`, in tile order, zero up to a multiple of 32.
@@ -96,6 +101,77 @@ QLK_AVX512_BF16 QLK_INLINE void decode_ragged(const QuantizedView& weight, int64
   for (int64_t i = 0; i < count; i += kTileRun)
     _mm512_storeu_si512(out + i, to_tile_order(_mm512_loadu_si512(out + i)));
 }
+
+// The columns of a weight from k_begin on, for which a caller decodes the scales of a row at a
+// time.
+struct ColumnBlock {
+  const QuantizedView* weight;
+  int64_t k_begin;
+  int64_t row_scales;  // Scales a row may need.
+  int block_shift;     // log2 of the weight's block size.
+  bool aligned;        // Every 32 weights of a row share a scale.
+  bool uniform;        // Every 64 do, and blocks begin at the same columns of every row.
+};
+
+// Decodes a chunk: weights [k, k + count) of a block of columns, for rows in order, to
+// out with kStride weights between rows; zero up to a multiple of 32 and in rows beyond the weight.
+template <int64_t kStride>
+class ChunkDecoder {
+ public:
+  QLK_AVX512_BF16 ChunkDecoder(const ColumnBlock& block, int64_t row, int64_t k, int64_t count,
+                               int64_t prefetch, const float* scales, char* weights)
+      : block_(block),
+        row_(row),
+        k_(k),
+        count_(count),
+        scales_(scales),
+        out_(reinterpret_cast<uint16_t*>(weights)),
+        uniform_(block.uniform && count == kStride) {
+    const QuantizedView& weight = *block.weight;
+    const int64_t phase = (block.k_begin & (weight.block_size - 1)) + k;
+    for (int g = 0; g < kGroups; ++g)
+      scale_of_[g] = static_cast<int>((phase + 64 * g) >> block.block_shift);
+    const int64_t flat = row * weight.cols + block.k_begin + k;
+    rows_ = {weight.codes + flat / 2, weight.cols / 2, scales, block.row_scales, prefetch};
+  }
+
+  QLK_AVX512_BF16 QLK_INLINE void next(int64_t rows) {
+    const QuantizedView& weight = *block_.weight;
+    const __m512 codebook = _mm512_loadu_ps(weight.codebook);
+    const int64_t there = std::clamp<int64_t>(weight.rows - row_, 0, rows);
+    if (uniform_) {
+      rows_ = decode_uniform<kGroups>(rows_, there, scale_of_, codebook, kStride, out_);
+    } else {
+      for (int64_t i = 0; i < there; ++i, scales_ += block_.row_scales)
+        decode_row(weight, row_ + i, codebook, out_ + i * kStride);
+    }
+    if (there < rows) std::fill_n(out_ + there * kStride, (rows - there) * kStride, uint16_t{0});
+    row_ += rows;
+    out_ += rows * kStride;
+  }
+
+ private:
+  static constexpr int kGroups = kStride / 64;
+
+  QLK_AVX512_BF16 void decode_row(const QuantizedView& weight, int64_t row, __m512 codebook,
+                                  uint16_t* out) const {
+    const int64_t flat = row * weight.cols + block_.k_begin;
+    if (block_.aligned)
+      decode_tiles({weight.codes + (flat + k_) / 2, scales_, (flat & (weight.block_size - 1)) + k_,
+                    block_.block_shift},
+                   count_, codebook, out);
+    else
+      decode_ragged(weight, flat + k_, count_, out);
+  }
+
+  const ColumnBlock& block_;
+  int64_t row_, k_, count_;
+  const float* scales_;
+  uint16_t* out_;
+  bool uniform_;
+  int scale_of_[kGroups];
+  UniformRows rows_;
+};
 
 }  // namespace qlk
 
