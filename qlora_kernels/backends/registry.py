@@ -222,7 +222,7 @@ def select(problem: Problem) -> KernelEntry:
         BackendError: nothing registered can, or the forced backend cannot; the message carries
         every reason.
     """
-    return _choose(problem, forced_backend())
+    return _choose(problem, "auto" if nothing_forced() else forced_backend())
 
 
 def explain_problem(problem: Problem) -> str:

@@ -101,7 +101,8 @@ def hooked(module: nn.Module) -> str | None:
 
 def reason_against_4bit(layer: Any) -> str | None:
     """Why a bitsandbytes Linear4bit must run as it is, or None."""
-    state = getattr(layer.weight, "quant_state", None)
+    # Not layer.weight, which torch looks for in Python.
+    state = getattr(layer._parameters["weight"], "quant_state", None)
     if state is None:
         return "its weight is not quantized yet"
     # Not getattr: what a QuantState has not, it looks for at length.
@@ -229,7 +230,8 @@ def parts_of(layer: Any) -> Parts | str:
     for part, what in ((base, "base"), (lora_a, "A"), (lora_b, "B"), (dropout, "dropout")):
         if reason := hooked(part):
             return f"its {what} layer has {reason}"
-    if type(weight_a).__name__ == "DTensor" or type(base.weight).__name__ == "DTensor":
+    weights = (weight_a, base._parameters.get("weight"))
+    if any(type(weight).__name__ == "DTensor" for weight in weights):
         return "its parameters are sharded"
     kind = _base_kind(base)
     if kind is None:
@@ -287,10 +289,13 @@ def _lora_forward(layer: Any, parts: Parts, x: torch.Tensor) -> torch.Tensor:
     scaling, dtype = layer.scaling[name], x.dtype
     dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
     vector = layer.lora_magnitude_vector[name] if name in layer.lora_variant else None
-    bias = base.bias if vector is None else None
+    if vector is not None:
+        bias = None
+    else:
+        bias = base._parameters["bias"] if kind in ("4bit", "quantized") else base.bias
     if kind in ("4bit", "quantized"):
         if kind == "4bit":
-            weight = base.weight
+            weight = base._parameters["weight"]
             fused = isinstance(base, Fused)
             operands = layer_operands(base) if fused else operands_of(weight, weight.quant_state)
             x = _in_compute_dtype(base, x)

@@ -110,13 +110,10 @@ def qlora_linear_backward_cpu(
             needs,
             u,
         )
-    grad_x, grad_a, grad_b = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
-    if needs[0]:
-        grad_x = x.new_empty(x.shape)
-    if needs[1]:
-        grad_a = lora_a.new_empty(lora_a.shape)
-    if needs[2]:
-        grad_b = lora_b.new_empty(lora_b.shape)
+    grad_x, grad_a, grad_b = (
+        like.new_empty(like.shape if needed else 0)
+        for like, needed in zip((x, lora_a, lora_b), needs, strict=True)
+    )
     if not any(needs):
         return grad_x, grad_a, grad_b
     torch.ops.qlora_kernels_cpu.qlora_linear_backward.default(
