@@ -10,6 +10,7 @@ errors are instead held, element by element, to the classical bound for a sum of
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -82,14 +83,45 @@ def assert_matmul(
     bias: torch.Tensor | None = None,
 ) -> None:
     """y [M,N] is x Ŵᵀ + bias to within the rule above."""
-    exact, dense = exact_weight(weight), rounded_weight(weight, x.dtype)
+    assert_linear(y, x, exact_weight(weight), bias)
+
+
+def assert_linear(
+    y: torch.Tensor, x: torch.Tensor, exact: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
+    """y [...,N] is x [...,K] times a dense weight [N,K] in fp64, + bias, to within that rule."""
     y64 = x.double() @ exact.T
     magnitude = x.double().abs() @ exact.abs().T
     if bias is not None:
         y64 = y64 + bias.double()
         magnitude = magnitude + bias.double().abs()
-    torchs = F.linear(x, dense, None if bias is None else bias.to(x.dtype))
-    assert_right(y, y64, torchs, magnitude, weight.shape[1] + 2)
+    torchs = F.linear(x, exact.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    assert_right(y, y64, torchs, magnitude, exact.shape[1] + 2)
+
+
+def assert_slope(
+    y: torch.Tensor,
+    grad_x: torch.Tensor,
+    x: torch.Tensor,
+    grad_y: torch.Tensor,
+    dense: torch.Tensor,
+    adapter: tuple[torch.Tensor, torch.Tensor],
+    scaling: float,
+    dropout_p: float,
+) -> None:
+    """Of y [M,N] in fp32 without a bias, grad_x is the derivative, dropout's mask included.
+
+    y is linear in x, so ⟨grad_y, y⟩ = ⟨grad_x, x⟩: another mask in backward breaks that. Each
+    product that the two sums are made of went through as many roundings as the sums it is in have
+    terms, and four more; `dense` is the weight [N,K], `adapter` A [R,K] and B [N,R].
+    """
+    a, b = (part.detach().double().abs() for part in adapter)
+    weight, g, at = dense.detach().double(), grad_y.double(), x.detach().double()
+    through = (at.abs() / (1 - dropout_p)) @ a.T @ b.T
+    magnitude = (g.abs() * (at.abs() @ weight.abs().T + abs(scaling) * through)).sum()
+    bound = (sum(weight.shape) + 2 * len(a) + 8) * FP32_ROUNDOFF * magnitude
+    found = (grad_x.double() * at).sum() - (g * y.detach().double()).sum()
+    assert found.abs() <= bound, f"⟨grad_x, x⟩ less ⟨grad_y, y⟩ is {found:.3e}, bound {bound:.3e}"
 
 
 def assert_matmul_backward(
@@ -134,9 +166,40 @@ def assert_qlora_backward(
 
     Torch's own are the products that its autograd would take, in x's dtype.
     """
+    grad_x, grad_a, grad_b = gradients
+    assert_grad_x(grad_x, [problem])
+    assert_adapter_gradients(grad_a, grad_b, problem)
+
+
+def assert_grad_x(grad_x: torch.Tensor, members: Sequence[QLoRAProblem]) -> None:
+    """grad_x [M,K] is the sum of those of layers that share x; torch's own are added in x's
+    dtype."""
+    exact, magnitude, torchs = [], [], []
+    for p in members:
+        dtype, weight = p.x.dtype, exact_weight(p.weight)
+        g64, b64 = p.grad_y.double(), p.lora_b.double()
+        u64, u_magnitude = p.scaling * (g64 @ b64), abs(p.scaling) * (g64.abs() @ b64.abs())
+        u = (p.grad_y @ p.lora_b.to(dtype)) * p.scaling
+        a64 = p.lora_a.double()
+        through, through_magnitude, narrow = (
+            dropout_reference(product, p.dropout_p, p.seed)
+            for product in (u64 @ a64, u_magnitude @ a64.abs(), u @ p.lora_a.to(dtype))
+        )
+        exact.append(g64 @ weight + through)
+        magnitude.append(g64.abs() @ weight.abs() + through_magnitude)
+        torchs.append(p.grad_y @ rounded_weight(p.weight, dtype) + narrow)
+    factors = len(members[0].x) * sum(len(p.lora_a) for p in members)
+    terms = sum(2 * p.weight.shape[0] + len(p.lora_a) + 4 for p in members)
+    sums = [functools.reduce(torch.add, parts) for parts in (exact, torchs, magnitude)]
+    assert_right(grad_x, *sums, terms, roundings=6, factors=factors)
+
+
+def assert_adapter_gradients(
+    grad_a: torch.Tensor, grad_b: torch.Tensor, problem: QLoRAProblem
+) -> None:
+    """grad_a [R,K] and grad_b [N,R] of a layer, each in its adapter's dtype."""
     p = problem
     dtype, tokens, (rows, cols) = p.x.dtype, len(p.x), p.weight.shape
-    exact = exact_weight(p.weight)
     a64, b64, g64 = p.lora_a.double(), p.lora_b.double(), p.grad_y.double()
     dropped64 = dropout_reference(p.x.double(), p.dropout_p, p.seed)
     u64 = p.scaling * (g64 @ b64)
@@ -145,15 +208,6 @@ def assert_qlora_backward(
     a, b = p.lora_a.to(dtype), p.lora_b.to(dtype)
     dropped = dropout_reference(p.x, p.dropout_p, p.seed)
     u = (p.grad_y @ b) * p.scaling
-    grad_x, grad_a, grad_b = gradients
-
-    torchs = p.grad_y @ rounded_weight(p.weight, dtype)
-    torchs = torchs + dropout_reference(u @ a, p.dropout_p, p.seed)
-    through = dropout_reference(u64 @ a64, p.dropout_p, p.seed)
-    magnitude = g64.abs() @ exact.abs()
-    magnitude = magnitude + dropout_reference(u_magnitude @ a64.abs(), p.dropout_p, p.seed)
-    exact_x, terms = g64 @ exact + through, 2 * rows + len(a) + 4
-    assert_right(grad_x, exact_x, torchs, magnitude, terms, roundings=6, factors=u.numel())
     torchs = (u.T @ dropped).to(p.lora_a.dtype)
     magnitude = u_magnitude.T @ dropped64.abs()
     _assert_adapter(grad_a, u64.T @ dropped64, torchs, magnitude, tokens + rows, u)

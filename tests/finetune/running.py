@@ -33,17 +33,41 @@ def write_corpus(path: Path) -> Path:
     return path
 
 
-def slow_steps(seconds: float, after: int = 0) -> str:
-    """Code that makes steps of training take that much longer from step `after` on, so that a test
-    that waits for one on a busy machine still meets the run before its end."""
+def slow_steps(seconds: float) -> str:
+    """Code that makes steps of training take that much longer."""
     return f"""
 import time
 from qlora_kernels.finetune import loop
 train_step = loop.train_step
 def slow_step(job, step):
-    time.sleep({seconds} if step >= {after} else 0)
+    time.sleep({seconds})
     return train_step(job, step)
 loop.train_step = slow_step
+"""
+
+
+# Code: the handlers of `interrupt` are for one signal, and take themselves away when it comes.
+UNTIL_ASKED = """
+import signal, time
+def wait_until_asked():
+    numbers, end = (signal.SIGINT, signal.SIGTERM), time.monotonic() + 240
+    while all(signal.getsignal(n) is not signal.SIG_DFL for n in numbers):
+        assert time.monotonic() < end
+        time.sleep(0.005)
+"""
+
+
+def waiting_steps(after: int, method: str) -> str:
+    """Code that has that method's training wait at step `after` for SIGINT or SIGTERM (or death),
+    so that a test meets the run there however busy the machine is."""
+    return f"""{UNTIL_ASKED}
+from qlora_kernels.finetune import loop
+train_step = loop.train_step
+def waiting_step(job, step):
+    if step == {after} and job.settings.method == {method!r}:
+        wait_until_asked()
+    return train_step(job, step)
+loop.train_step = waiting_step
 """
 
 

@@ -14,11 +14,12 @@ import pytest
 
 from qlora_kernels.finetune.compare import failure
 from tests.finetune.running import (
+    UNTIL_ASKED,
     Command,
     kill,
     losses,
-    slow_steps,
     wait_for,
+    waiting_steps,
     write_corpus,
 )
 
@@ -44,6 +45,14 @@ if Path("{SLOW}").exists():
 OPTIONS = ("--dropout", "0.1", "--dtype", "float32")
 COMPARE = ("--method", "compare", "--format", "twin", *OPTIONS, "--out", "run")
 METHODS = ("full", "lora", "qlora")
+
+
+# The process of a method has its handlers by then, and has not begun.
+WORKER_WAITS = f"""{UNTIL_ASKED}
+import sys
+if sys.modules["__main__"].__spec__.name.endswith(".worker"):
+    wait_until_asked()
+"""
 
 
 def command_of(folder: Path, source: Path | None = None) -> Command:
@@ -139,7 +148,7 @@ def test_comparison_equals_single_runs(whole: Path, same: Command) -> None:
 
 def test_signal_reaches_the_method(whole: Path, same: Command) -> None:
     """Sent to the parent alone, while the second method trains."""
-    (same.folder / SLOW).write_text(slow_steps(0.5, after=2))
+    (same.folder / SLOW).write_text(waiting_steps(2, "lora"))
     process = same.start(*COMPARE, "--checkpoint-every", "1000")
     assert process.stderr is not None
     for line in process.stderr:
@@ -166,7 +175,7 @@ def test_signal_reaches_the_method(whole: Path, same: Command) -> None:
 
 def test_ctrl_c_in_a_terminal(same: Command) -> None:
     """A terminal sends SIGINT to the whole foreground group; the method must get it once."""
-    (same.folder / SLOW).write_text(slow_steps(0.3, after=1))
+    (same.folder / SLOW).write_text(waiting_steps(1, "qlora"))
     process = same.start(*COMPARE, prelude="import os; os.setpgrp()")
     assert process.stderr is not None
     for line in process.stderr:
@@ -181,6 +190,7 @@ def test_ctrl_c_in_a_terminal(same: Command) -> None:
 
 def test_signal_while_the_method_is_starting(same: Command) -> None:
     """Before it has handlers: it waits for them instead of ending it in an import."""
+    (same.folder / SLOW).write_text(WORKER_WAITS)
     process = same.start(*COMPARE)
     wait_for(lambda: bool(children(process)), process)
     _, err = kill(process, signal.SIGINT)

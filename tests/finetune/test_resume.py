@@ -25,6 +25,7 @@ from tests.finetune.running import (
     slow_steps,
     snapshot,
     wait_for,
+    waiting_steps,
     write_corpus,
 )
 
@@ -89,8 +90,8 @@ def test_killed_at_random_moments(method: str, command: Command) -> None:
     process = command.start(*options, prelude=slow_steps(0.4))
     time.sleep(chance.uniform(0, 4))
     kill(process)
-    process = command.start(*options, prelude=slow_steps(0.4))
     first = step_of(pieces)
+    process = command.start(*options, prelude=waiting_steps(first + 1, method))
     wait_for(lambda: step_of(pieces) > first, process)
     time.sleep(chance.uniform(0, 0.1))
     kill(process)
@@ -146,7 +147,7 @@ def test_signal_saves_and_ends_cleanly(number: int, status: int, command: Comman
     options = ("--method", "qlora", "--dropout", "0.1", "--steps", "20", "--out", "run")
     # One checkpoint at the end only: what is saved is saved by the signal.
     options = (*options, "--checkpoint-every", "1000")
-    process = command.start(*options, prelude=slow_steps(0.3, after=6))
+    process = command.start(*options, prelude=waiting_steps(6, "qlora"))
     assert process.stderr is not None
     for line in process.stderr:
         if "step 6 of 20" in line:

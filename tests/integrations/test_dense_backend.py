@@ -106,8 +106,13 @@ def test_a_training_step_equals_stock(dtype: torch.dtype, tmp_path: Path) -> Non
         got, ours = loss_and_gradients(model, tokens())
     assert torch.equal(got, wanted) and len(gradients) == 28
     assert worst_error(ours, gradients) < {4: 2e-6, 2: 2e-2}[dtype.itemsize]
-    again, _ = loss_and_gradients(model, tokens())
-    assert not torch.equal(again, wanted)
+    # The kernels add one token's products in an order of their own: it is what was forced that
+    # equals stock. (For many tokens they may leave the sums to torch.)
+    one = tokens(1, 1)
+    with qlk.backend("dense"):
+        dense_logits = model(one).logits
+    with qlk.backend("cpu:portable"):
+        assert not torch.equal(model(one).logits, dense_logits)
 
 
 def test_what_else_runs_while_it_is_forced() -> None:

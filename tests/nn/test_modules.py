@@ -15,6 +15,7 @@ from torch import nn
 import qlora_kernels as qlk
 from qlora_kernels.errors import ArgumentError, ArgumentTypeError
 from qlora_kernels.testing.errors import assert_bitwise_equal
+from tests.tolerances import assert_linear
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CLASSES = (qlk.QuantizedLinear, qlk.QLoRALinear, qlk.LoRALinear)
@@ -61,8 +62,9 @@ def test_qlora_linear_is_the_function(rslora: bool) -> None:
 def test_a_fresh_adapter_changes_nothing_and_learns(cls: type) -> None:
     layer = cls.from_linear(linear(), rank=8, dropout=0.1)
     x = torch.randn(7, 96)
-    base = F.linear(x, layer.dense_base(torch.float32), layer.bias)
-    torch.testing.assert_close(layer(x), base)
+    assert_linear(
+        layer(x).detach(), x, layer.dense_base(torch.float32).double(), layer.bias.detach()
+    )
     trained = [name for name, p in layer.named_parameters() if p.requires_grad]
     assert trained == ["lora_a", "lora_b"]
     optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.05)
@@ -187,7 +189,6 @@ def test_merge_is_the_sum_and_unmerge_is_exact(cls: type, dtype: torch.dtype) ->
 def test_a_merged_layer_refuses_to_be_trained_and_travels_whole() -> None:
     layer = adapted()
     x = torch.randn(7, 96)
-    y = layer(x)
     layer.merge()
     with pytest.raises(ArgumentError, match="layer must be unmerged to be trained"):
         layer(x)
@@ -195,9 +196,11 @@ def test_a_merged_layer_refuses_to_be_trained_and_travels_whole() -> None:
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert twin.merged is not None and twin.merged is not layer.merged
         assert_bitwise_equal(twin(x), layer(x))
+    dense, bias = layer.dense_base(torch.float32) + layer.delta_weight(), layer.bias.detach()
     layer.to(torch.bfloat16)
     assert layer.merged.weight.dtype == torch.bfloat16
-    torch.testing.assert_close(layer(x.bfloat16()).float(), y, rtol=0.05, atol=0.1)
+    x = x.bfloat16()
+    assert_linear(layer(x).detach(), x, dense.detach().double(), bias)
 
 
 def test_constructors_refuse_what_does_not_fit() -> None:

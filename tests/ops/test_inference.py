@@ -19,6 +19,7 @@ from qlora_kernels.backends.cpu.matmul_path import most_dot_tokens
 from qlora_kernels.errors import QLKError
 from qlora_kernels.ops import inference
 from qlora_kernels.testing.errors import assert_bitwise_equal
+from tests.tolerances import assert_linear
 
 pytestmark = pytest.mark.skipif(machine_isa() < 0, reason="the native library is missing")
 
@@ -139,7 +140,9 @@ def test_what_the_kernel_does_not_take_goes_to_the_ops(taken: list[bool]) -> Non
         assert taken.pop()
         assert_bitwise_equal(y, first)
         assert_bitwise_equal(qlk.quantized_linear(x.t().contiguous().t(), qw), y)
-        torch.testing.assert_close(qlk.quantized_linear(x.double(), qw).float(), y)
+        wide = qlk.quantized_linear(x.double(), qw)
+        assert wide.dtype == torch.float64
+        assert_linear(wide.float(), x, qlk.dequantize(qw).double())
         assert qlk.quantized_linear(x[:0], qw).shape == (0, N)
         for bad in (x[:, 1:], x.long(), x[0, 0]):
             with pytest.raises(QLKError, match="quantized_linear: x must be"):
