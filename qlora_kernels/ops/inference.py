@@ -1,4 +1,4 @@
-"""An inference call in one piece: no dispatcher, no registry, no allocation in Python.
+"""An inference call in one piece: one native op, no registry, no allocation in Python.
 
 The ops check, choose and allocate in about 60 µs when the weight of the layer before has pushed
 Python out of the caches, and one token's product takes 400. Where nothing needs them, the kernel is
