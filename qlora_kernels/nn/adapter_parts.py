@@ -30,6 +30,9 @@ _PLAIN_LORA: dict[str, tuple[object, ...]] = {
     "alora_invocation_tokens": (None, []),
     "megatron_config": (None, {}),
 }
+# Initializations that take what they start with out of the base weights: the adapter is one of
+# what they leave, not of the model that was given (peft 0.21, tuners/lora/layer.py).
+_CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,12 @@ def read_config(path: Path, op: str = "load_adapter") -> dict[str, Any]:
             raise CheckpointError(
                 f"{op}: {path}: {option} must be {accepted[0]!r}, got {config[option]!r}"
             )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise CheckpointError(
+            f"{op}: {path}: init_lora_weights must leave the base weights as they are, got "
+            f"{start!r} (save_pretrained converts it: path_initial_model_for_weight_conversion)"
+        )
     if not isinstance(config.get("r"), int) or not isinstance(
         config.get("lora_alpha"), int | float
     ):

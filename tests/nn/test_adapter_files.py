@@ -213,3 +213,18 @@ def test_modules_that_do_not_match_are_named(tmp_path: Path) -> None:
         qlk.load_adapter(trained(), tmp_path)
     with pytest.raises(CheckpointError, match=r"got layers\.0\.q_proj, which is no linear layer"):
         qlk.load_adapter(nn.ModuleDict({"layers": nn.ModuleList()}), tmp_path)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_adapters_of_a_changed_base_are_refused(start: str, tmp_path: Path) -> None:
+    """What they add belongs to what their start left of the base weights."""
+    peft = pytest.importorskip("peft")
+    base = Net()
+    before = base.layers[0].q_proj.weight.detach().clone()
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start)
+    model = peft.get_peft_model(base, config)
+    left = model.base_model.model.layers[0].q_proj.base_layer.weight
+    assert not torch.allclose(left, before)
+    model.save_pretrained(str(tmp_path))
+    with pytest.raises(CheckpointError, match=f"init_lora_weights must leave .* got '{start}'"):
+        qlk.load_adapter(Net(), tmp_path)
