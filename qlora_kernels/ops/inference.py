@@ -39,7 +39,7 @@ def run_inference(
     # torch.func, autocast; see the binding.
     if is_dynamo_compiling() or type(x) is not Tensor or is_grad_enabled():
         return None
-    flat: Any = weight.__dict__.get("_flat") if type(weight) is QuantizedWeight else weight
+    flat: Any = weight if isinstance(weight, tuple) else weight.__dict__.get("_flat")
     if flat is None:
         return None
     native = native_linear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -157,6 +158,17 @@ def test_what_the_kernel_does_not_take_goes_to_the_ops(taken: list[bool]) -> Non
         small = qlk.quantize(torch.randn(N, K), block_size=16, format="nf4")
         assert qlk.quantized_linear(x, small).shape == (2, N)
     assert not any(taken)
+
+
+def test_a_weight_of_a_subclass_is_taken() -> None:
+    class Named(qlk.QuantizedWeight):
+        """A user's own."""
+
+    qw, x = weight(), torch.randn(2, K)
+    own = Named(**{field.name: getattr(qw, field.name) for field in dataclasses.fields(qw)})
+    with torch.no_grad():
+        for _ in range(2):  # the first makes the weight's operands
+            assert_bitwise_equal(qlk.quantized_linear(x, own), qlk.quantized_linear(x, qw))
 
 
 def test_inference_reads_the_weight_that_the_layer_holds_now(taken: list[bool]) -> None:
